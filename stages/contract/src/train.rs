@@ -1,0 +1,204 @@
+//! Settings of the training stages 1 and 2 and of the checkpoint hand-off (docs/spec/sft.md sections 1 to 3 and 9).
+//!
+//! Stages 1 and 2 are one kind with other values. Defaults live in `stages/pretrain.toml` and `stages/sft.toml`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::ImageSettings;
+use crate::model::{BridgeConfig, LoraConfig};
+
+/// Settings of a `train` stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct TrainSettings {
+    /// Parts that training adds to the base model.
+    pub model: TrainModel,
+    /// Path patterns of the parameters that train, such as `bridge.*`; everything else is frozen.
+    pub trainable: Vec<String>,
+    /// Optimiser and its schedule.
+    pub optimizer: OptimizerSettings,
+    /// The loop.
+    pub train: LoopSettings,
+    /// Regression of the bridge on the base's own text conditions before the first iteration; the paper has none.
+    pub warm_start: WarmStartSettings,
+    /// Loss on held-out samples.
+    pub validation: ValidationSettings,
+    /// When to save.
+    pub checkpoint: CheckpointSettings,
+    /// How images are brought to size.
+    pub image: ImageSettings,
+}
+
+/// Parts that training adds to the base model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct TrainModel {
+    /// The bridge: created when the incoming weights hold none, compared with theirs otherwise.
+    pub bridge: BridgeConfig,
+    /// Adapters on the VLM.
+    pub lora: LoraSetting,
+}
+
+/// Whether the VLM gets adapters.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum LoraSetting {
+    /// No adapters: the paper's "w/o activating the VLM" in stage 2.
+    None,
+    /// Adapters of this shape.
+    Adapters {
+        /// Their shape.
+        config: LoraConfig,
+    },
+}
+
+impl LoraSetting {
+    /// Returns the adapters' shape, if there are any.
+    pub fn config(&self) -> Option<&LoraConfig> {
+        match self {
+            Self::None => None,
+            Self::Adapters { config } => Some(config),
+        }
+    }
+}
+
+/// AdamW and the learning rate's course.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct OptimizerSettings {
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Decay rates of the first and second moment.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled weight decay of parameters with two or more dimensions; the others have none.
+    pub weight_decay: f64,
+    /// Largest global gradient norm; 0 turns clipping off.
+    pub clip_norm: f64,
+    /// The learning rate's course.
+    pub schedule: Schedule,
+}
+
+/// The learning rate's course over micro-iterations (docs/spec/sft.md section 3, docs/spec/rl.md section 9).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Schedule {
+    /// Linear from `1e-5` of the peak over a share of all iterations, then a half cosine to zero.
+    WarmupCosine {
+        /// Share of the iterations that warms up.
+        warmup_ratio: f64,
+    },
+    /// `k / steps` of the peak for the first updates, then constant.
+    WarmupConstant {
+        /// Updates that warm up.
+        warmup_steps: u64,
+    },
+}
+
+/// Numbers as sigma, the noise level, is stored before blending.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum FloatKind {
+    /// 16 bits, 8 of exponent.
+    Bf16,
+    /// 32 bits.
+    F32,
+}
+
+/// What to do about a loss or gradient that is NaN or infinite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum OnNonFinite {
+    /// End the node before the update; the last checkpoint stays.
+    Stop,
+    /// Leave the update out and go on.
+    Skip,
+}
+
+/// The training loop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct LoopSettings {
+    /// Micro-iterations: batches, not updates.
+    pub max_iters: u64,
+    /// Micro-iterations per update.
+    pub accumulation: u64,
+    /// Chance that a text-to-image caption is replaced by the empty text; edits never lose theirs.
+    pub caption_dropout: f64,
+    /// Rounding of sigma before blending: `bf16` in the release.
+    pub sigma_dtype: FloatKind,
+    /// What to do about a non-finite loss or gradient.
+    pub on_non_finite: OnNonFinite,
+    /// Micro-iterations between metric lines.
+    pub log_every: u64,
+    /// Batches prepared ahead.
+    pub prefetch: usize,
+}
+
+/// Regression of the bridge on the conditions that the base's own text encoder gives (shapes world only).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct WarmStartSettings {
+    /// Updates; 0 turns it off, as in the paper.
+    pub iters: u64,
+    /// Peak learning rate, decayed linearly to zero.
+    pub lr: f64,
+    /// Captions per update.
+    pub batch: usize,
+}
+
+/// Loss on fixed held-out samples with fixed noise at fixed noise levels.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct ValidationSettings {
+    /// Micro-iterations between validations; 0 turns them off.
+    pub every: u64,
+    /// Samples of each task, taken from the end of each source and never trained on.
+    pub num_samples: usize,
+    /// Noise levels, in 0..=1.
+    pub sigmas: Vec<f64>,
+}
+
+/// When training state is saved and how much of it is kept.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointSettings {
+    /// Steps between checkpoints.
+    pub every: u64,
+    /// Newest checkpoints kept.
+    pub keep: usize,
+}
+
+/// Settings of a `handoff` stage.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct HandoffSettings {
+    /// What becomes of adapters.
+    pub lora: LoraHandoff,
+    /// Number format of the written weights.
+    pub dtype: FloatKind,
+}
+
+/// What becomes of adapters at a hand-off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum LoraHandoff {
+    /// Added into the weights they adapt.
+    Merge,
+    /// Carried beside them.
+    Carry,
+}
