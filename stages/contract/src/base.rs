@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::ImageSettings;
 use crate::model::{BaseModelConfig, ConditionerConfig, DitConfig, VaeConfig, VlmConfig};
+use crate::shapes::ShapesWorld;
 use crate::train::{CheckpointSettings, FloatKind, OptimizerSettings};
 
 /// Layout of imported weights.
@@ -42,7 +43,7 @@ pub struct ImportSettings {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct BaseTokenizerSettings {
-    /// Tokens before the special ones; the texts must yield as many.
+    /// Tokens, the special ones included; the texts must yield as many.
     pub vocab_size: usize,
 }
 
@@ -55,8 +56,6 @@ pub struct BaseVaeSettings {
     pub model: VaeConfig,
     /// Optimiser; its learning rate is the first phase's peak and falls linearly in the second half of each phase.
     pub optimizer: OptimizerSettings,
-    /// Images per step.
-    pub batch: usize,
     /// Phases in order.
     pub phases: Vec<VaePhase>,
     /// When to save.
@@ -93,8 +92,6 @@ pub struct BaseVlmSettings {
     pub optimizer: OptimizerSettings,
     /// Steps.
     pub steps: u64,
-    /// Samples per step.
-    pub batch: usize,
     /// Every this many steps is text alone; 0 never.
     pub text_every: u64,
     /// When to save.
@@ -114,22 +111,34 @@ pub struct BaseDitSettings {
     pub conditioner: ConditionerConfig,
     /// Optimiser.
     pub optimizer: OptimizerSettings,
-    /// Steps.
+    /// Text encoder first, alone: it learns to say what the images of its captions show.
+    pub pretrain: ConditionerPretraining,
+    /// Steps of flow matching after that.
     pub steps: u64,
-    /// Samples per step.
-    pub batch: usize,
     /// Chance that a caption is replaced by the empty text.
     pub caption_dropout: f64,
     /// Shift of the training schedule.
     pub shift: f64,
-    /// Decay of the weights' moving average, which is what is written; 0 turns it off.
-    pub ema_decay: f64,
     /// Steps between evaluations on fixed noise; 0 never.
     pub validate_every: u64,
     /// When to save.
     pub checkpoint: CheckpointSettings,
     /// How images are brought to size.
     pub image: ImageSettings,
+}
+
+/// Pre-training of the base's text encoder, which stands for the pre-training of T5 and CLIP: from a caption it predicts
+/// what a reader of the shapes world finds in the image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct ConditionerPretraining {
+    /// Steps; 0 leaves it out.
+    pub steps: u64,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// World of the images.
+    pub world: ShapesWorld,
 }
 
 /// Settings of an `assemble` stage: members are named `vae`, `vlm`, `dit`.

@@ -1,8 +1,13 @@
 //! Settings of MR-GRPO, stage 3 (docs/spec/rl.md). Defaults live in `stages/mrgrpo.toml`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::data::ImageSettings;
+use crate::eval::JudgeSettings;
+use crate::settings::ExternalPath;
+use crate::shapes::ShapesWorld;
 use crate::train::{CheckpointSettings, FloatKind, OnNonFinite, OptimizerSettings};
 
 /// Settings of an `rl` stage.
@@ -16,6 +21,8 @@ pub struct RlSettings {
     pub optimizer: OptimizerSettings,
     /// How images are drawn.
     pub rollout: RolloutSettings,
+    /// Rewards by the names that the prompt sets weigh them under.
+    pub rewards: BTreeMap<String, RewardSettings>,
     /// How the policy is updated.
     pub policy: PolicySettings,
     /// The auxiliary flow-matching loss.
@@ -26,6 +33,45 @@ pub struct RlSettings {
     pub checkpoint: CheckpointSettings,
     /// How images of the auxiliary loss are brought to size.
     pub image: ImageSettings,
+}
+
+/// A reward (docs/spec/rewards.md sections 3 to 5).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum RewardSettings {
+    /// How much of the text in double quotes the image renders, read in the shapes world: `ocr`.
+    ShapesText {
+        /// World of the images.
+        #[serde(default)]
+        world: ShapesWorld,
+    },
+    /// How much of the prompt the image obeys, graded: the shapes world's `clip_sim`.
+    ShapesObjects {
+        /// World of the images.
+        #[serde(default)]
+        world: ShapesWorld,
+    },
+    /// Share of the comparisons within its group that an image wins, by rule: the shapes world's `unifiedreward_think`.
+    ShapesPairwise {
+        /// World of the images.
+        #[serde(default)]
+        world: ShapesWorld,
+    },
+    /// Share of the comparisons within its group that an image wins, by a chat server: `unifiedreward_think`.
+    Pairwise {
+        /// Server.
+        judge: JudgeSettings,
+    },
+    /// Size as JPEG, the smaller the better.
+    JpegCompressibility,
+    /// A model that this version does not run, such as CLIP ViT-L/14 or PaddleOCR.
+    External {
+        /// Folder of its weights, relative to the project's root.
+        path: String,
+        /// Where it can be had.
+        origin: String,
+    },
 }
 
 /// Transition of the sampling process (docs/spec/rl.md section 4).
@@ -160,4 +206,22 @@ pub struct RewardEvaluation {
     pub steps: usize,
     /// Guidance scale.
     pub guidance: f64,
+}
+
+impl RlSettings {
+    /// Returns the files and folders outside the artifact store that rewards read.
+    pub fn external_paths(&self) -> Vec<ExternalPath> {
+        let external = self.rewards.iter().filter_map(|(name, reward)| match reward {
+            RewardSettings::External { path, origin } => Some(ExternalPath {
+                key: format!("rewards.{name}.path"),
+                path: path.clone(),
+                remedy: format!(
+                    "get it from {origin}; this version cannot run it yet: give `{name}` the weight 0 in the prompt sets, \
+                     or another kind"
+                ),
+            }),
+            _ => None,
+        });
+        external.collect()
+    }
 }

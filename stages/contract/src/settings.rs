@@ -94,6 +94,7 @@ impl Settings {
             }],
             Self::Prepare(prepare) => prepare.source.external_paths(),
             Self::Generate(generate) => generate.items.external_paths(),
+            Self::Rl(rl) => rl.external_paths(),
             _ => Vec::new(),
         }
     }

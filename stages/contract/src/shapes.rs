@@ -11,5 +11,5 @@ mod source;
 
 pub use expectation::{Clause, Expectation, Link, Place, WordClause};
 pub use font::{GLYPH_HEIGHT, GLYPH_WIDTH, Mask, glyph, word_mask};
-pub use scene::{Background, Cell, Colour, Object, Relation, Scene, Shape, ShapesWorld, Word};
+pub use scene::{Background, Cell, Colour, Object, Placement, Relation, Scene, Shape, ShapesWorld, Word};
 pub use source::{BenchmarkItem, KindWeights, PromptKind, ShapesSource, ShapesSuite, SourceFormat, SourceKind};

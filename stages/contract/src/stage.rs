@@ -126,7 +126,9 @@ impl StageKind {
             Self::Generate => Ports::Named(const { &[required("weights", Weights)] }),
             Self::Score => Ports::Named(const { &[required("images", Images)] }),
             Self::BaseTokenizer | Self::BaseVae => Ports::Named(const { &[required("data", Mixture)] }),
-            Self::BaseVlm => Ports::Named(const { &[required("tokenizer", Weights), required("data", Mixture)] }),
+            Self::BaseVlm => Ports::Named(
+                const { &[required("tokenizer", Weights), required("data", Mixture), required("questions", Dataset)] },
+            ),
             Self::BaseDit => Ports::Named(
                 const { &[required("tokenizer", Weights), required("vae", Weights), required("data", Mixture)] },
             ),

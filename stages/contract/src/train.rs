@@ -94,6 +94,13 @@ pub enum Schedule {
         /// Share of the iterations that warms up.
         warmup_ratio: f64,
     },
+    /// Linear over the first steps, then constant, then linear to 2 % over a share of all steps.
+    WarmupDecay {
+        /// Steps that warm up.
+        warmup_steps: u64,
+        /// Share of the steps that decays.
+        decay_share: f64,
+    },
     /// `k / steps` of the peak for the first updates, then constant.
     WarmupConstant {
         /// Updates that warm up.

@@ -253,6 +253,18 @@ impl Scene {
     }
 }
 
+/// Where objects stand when their caption leaves it open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Placement {
+    /// In the first cells in reading order: little is left to chance, which a model of a few million parameters learns
+    /// in minutes.
+    ReadingOrder,
+    /// Anywhere.
+    Free,
+}
+
 /// What can be in a scene, and how large it is drawn.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -274,6 +286,8 @@ pub struct ShapesWorld {
     pub shape_size: usize,
     /// Side in image pixels of one pixel of the 5x7 font.
     pub letter_scale: usize,
+    /// Where objects stand when their caption leaves it open.
+    pub placement: Placement,
 }
 
 impl Default for ShapesWorld {
@@ -287,6 +301,7 @@ impl Default for ShapesWorld {
             words: ["go", "hi", "no", "up", "ok", "me", "it", "we"].map(str::to_owned).to_vec(),
             shape_size: 12,
             letter_scale: 2,
+            placement: Placement::ReadingOrder,
         }
     }
 }
