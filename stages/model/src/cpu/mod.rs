@@ -1,0 +1,198 @@
+//! Fused operations for the CPU device, each with a backward of its own: one node on the tape where the composite form
+//! needs five to fifteen, and vector code where Burn's CPU backend calls scalar math functions.
+//!
+//! Knows no module. `fused` decides when these run; a device other than Burn's `flex`, or a type other than f32, never
+//! gets here. Reductions have a fixed order, so results do not depend on the number of threads.
+
+mod attention;
+mod conv;
+mod linear;
+mod norms;
+mod pointwise;
+mod simd;
+
+use std::fmt::Debug;
+
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::backend::{Autodiff, DispatchDevice, Flex, GradientCheckpointingStrategy};
+use burn::tensor::{Bytes, DType};
+use rayon::prelude::*;
+
+use crate::{Device, Tensor};
+
+pub(crate) use attention::{Attention, Mask};
+pub(crate) use conv::{Conv, Upsample};
+pub(crate) use linear::Linear;
+pub(crate) use norms::{GroupNorm, LayerNorm, RmsNorm};
+pub(crate) use pointwise::{Activation, GatedResidual};
+
+type Tape = Autodiff<Flex, NoCheckpointing>;
+type TapeTensor = <Tape as burn::backend::BackendTypes>::FloatTensorPrimitive;
+
+/// Elements below which a second thread does not pay.
+const PARALLEL_ELEMENTS: usize = 1 << 14;
+
+/// An operation on host arrays with its own backward.
+pub(crate) trait HostOp<const N: usize>: Clone + Debug + Send + Sync + 'static {
+    /// What the forward leaves for the backward, besides the inputs.
+    type Saved: Clone + Debug + Send + 'static;
+    /// Whether inputs and gradient may have any strides; otherwise they are made contiguous.
+    const TAKES_STRIDES: bool = false;
+
+    /// Computes the output.
+    fn forward(&self, inputs: &[FlexTensor; N]) -> (FlexTensor, Self::Saved);
+
+    /// Computes the gradients of the inputs that need one.
+    fn backward(
+        &self,
+        inputs: &[FlexTensor; N],
+        saved: &Self::Saved,
+        grad: &FlexTensor,
+        needs: [bool; N],
+    ) -> [Option<FlexTensor>; N];
+}
+
+/// Runs `f` on a thread of the pool that the CPU operations share their work with.
+///
+/// A loop that runs outside of the pool hands over to it, and sleeps, at every parallel operation; inside, it takes part.
+pub fn in_thread_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
+/// Returns whether the fused operations can take tensors of this device.
+fn is_host(device: &Device) -> bool {
+    let records_plainly =
+        matches!(device.gradient_checkpointing_strategy(), None | Some(GradientCheckpointingStrategy::Disabled));
+    records_plainly && matches!(device.clone().without_autodiff().as_dispatch(), DispatchDevice::Flex(_))
+}
+
+/// Returns whether a tensor can be an input of a fused operation.
+pub(crate) fn takes<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.dtype() == DType::F32 && is_host(&tensor.device())
+}
+
+/// An input, on the tape or not.
+pub(crate) enum Input {
+    /// Not on the tape.
+    Plain(FlexTensor),
+    /// On the tape, with or without a gradient.
+    Taped(TapeTensor),
+}
+
+impl<const D: usize> From<Tensor<D>> for Input {
+    fn from(tensor: Tensor<D>) -> Self {
+        if tensor.is_autodiff() {
+            Self::Taped(tensor.try_into_primitive::<Tape>().expect("`takes` was asked before"))
+        } else {
+            Self::Plain(tensor.try_into_primitive::<Flex>().expect("`takes` was asked before"))
+        }
+    }
+}
+
+/// What the tape keeps of an operation.
+#[derive(Clone, Debug)]
+struct State<O, S, const N: usize> {
+    op: O,
+    inputs: [FlexTensor; N],
+    saved: S,
+}
+
+#[derive(Debug)]
+struct Step<O>(std::marker::PhantomData<O>);
+
+impl<O: HostOp<N>, const N: usize> Backward<Flex, N> for Step<O> {
+    type State = State<O, O::Saved, N>;
+
+    fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+        let State { op, inputs, saved } = ops.state;
+        let mut grad = grads.consume::<Flex>(&ops.node);
+        if !O::TAKES_STRIDES {
+            grad = dense(grad);
+        }
+        let needs = ops.parents.each_ref().map(Option::is_some);
+        for (parent, gradient) in ops.parents.into_iter().zip(op.backward(&inputs, &saved, &grad, needs)) {
+            if let (Some(node), Some(gradient)) = (parent, gradient) {
+                grads.register::<Flex>(node.id, gradient);
+            }
+        }
+    }
+}
+
+/// Runs an operation, on the tape if one of its inputs is.
+pub(crate) fn apply<O: HostOp<N>, const N: usize, const D: usize>(op: O, inputs: [Input; N]) -> Tensor<D> {
+    let prepare = |tensor: FlexTensor| if O::TAKES_STRIDES { tensor } else { dense(tensor) };
+    if inputs.iter().all(|input| matches!(input, Input::Plain(_))) {
+        let inputs = inputs.map(|input| match input {
+            Input::Plain(tensor) => prepare(tensor),
+            Input::Taped(tensor) => prepare(tensor.into_primitive()),
+        });
+        return Tensor::from_primitive::<Flex>(op.forward(&inputs).0);
+    }
+    let inputs = inputs.map(|input| match input {
+        Input::Plain(tensor) => TapeTensor::new(tensor),
+        Input::Taped(tensor) => tensor,
+    });
+    let nodes = inputs.each_ref().map(|input| input.node());
+    let inputs = inputs.map(|input| prepare(input.into_primitive()));
+    let (output, saved) = op.forward(&inputs);
+    let output = match Step::<O>(std::marker::PhantomData).prepare::<NoCheckpointing>(nodes).compute_bound().stateful()
+    {
+        OpsKind::Tracked(prep) => prep.finish(State { op, inputs, saved }, output),
+        OpsKind::UnTracked(prep) => prep.finish(output),
+    };
+    Tensor::from_primitive::<Tape>(output)
+}
+
+fn dense(tensor: FlexTensor) -> FlexTensor {
+    if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() }
+}
+
+/// Returns the elements of a contiguous array.
+fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice::<f32>().expect("inputs were made contiguous and are f32")
+}
+
+fn dims(tensor: &FlexTensor) -> &[usize] {
+    tensor.layout().shape().as_slice()
+}
+
+fn array(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape.to_vec().into()), DType::F32)
+}
+
+/// An array whose axes are stored in another order: `strides` are in elements.
+fn strided_array(values: Vec<f32>, shape: &[usize], strides: &[usize]) -> FlexTensor {
+    let strides = strides.iter().map(|&stride| stride as isize).collect();
+    FlexTensor::new(Bytes::from_elems(values), Layout::new(shape.to_vec().into(), strides, 0), DType::F32)
+}
+
+/// Calls `f` with the index and the elements of consecutive chunks of `out`, on several threads if it is large.
+fn for_chunks(out: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    if out.len() < PARALLEL_ELEMENTS || out.len() <= chunk {
+        out.chunks_mut(chunk).enumerate().for_each(|(i, chunk)| f(i, chunk));
+    } else {
+        out.par_chunks_mut(chunk).enumerate().for_each(|(i, chunk)| f(i, chunk));
+    }
+}
+
+/// Calls `f` for 0..count, on several threads if `elements` is large, and returns the results in order.
+fn map_range<T: Send>(count: usize, elements: usize, f: impl Fn(usize) -> T + Sync + Send) -> Vec<T> {
+    if elements < PARALLEL_ELEMENTS || count < 2 {
+        (0..count).map(f).collect()
+    } else {
+        (0..count).into_par_iter().map(f).collect()
+    }
+}
+
+/// Adds partial sums in their order.
+fn add_up(parts: impl IntoIterator<Item = Vec<f32>>, len: usize) -> Vec<f32> {
+    let mut total = vec![0.0; len];
+    for part in parts {
+        simd::add_assign(&mut total, &part);
+    }
+    total
+}

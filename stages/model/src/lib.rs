@@ -1,0 +1,40 @@
+//! DeepGen's model parts in Burn: layers, attention, MMDiT-X, autoencoder, text encoder, flow matching, sampling, weights.
+//!
+//! Knows no job, no file layout of a run and no settings beyond `deepgen-contract`. The device (CPU, wgpu, CUDA, with or
+//! without autodiff) is a value that tensors carry; no function here is generic over a backend.
+
+pub mod attention;
+pub mod conditioner;
+#[cfg(feature = "flex")]
+mod cpu;
+pub mod dit;
+pub mod dit_block;
+pub mod embed;
+pub mod flow;
+pub mod fused;
+pub mod init;
+pub mod nn;
+pub mod random;
+pub mod sampler;
+pub mod vae;
+pub mod rope;
+pub mod vision;
+pub mod language;
+pub mod vlm;
+pub mod lora;
+pub mod bridge;
+pub mod trainable;
+pub mod parts;
+pub mod deepgen;
+pub mod weights;
+
+pub use burn::tensor::Device;
+#[cfg(feature = "flex")]
+pub use cpu::in_thread_pool;
+
+/// Float tensor of rank `D`.
+pub type Tensor<const D: usize> = burn::tensor::Tensor<D>;
+/// Integer tensor of rank `D`.
+pub type IntTensor<const D: usize> = burn::tensor::Tensor<D, burn::tensor::Int>;
+/// Boolean tensor of rank `D`.
+pub type BoolTensor<const D: usize> = burn::tensor::Tensor<D, burn::tensor::Bool>;

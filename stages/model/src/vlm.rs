@@ -1,0 +1,486 @@
+//! The vision-language model: prompts and reference images in, hidden states of the decoder out
+//! (docs/spec/model.md sections 2.4 to 2.8, 9.3).
+//!
+//! Pads on the left, replaces image tokens by vision rows, appends the learned queries, cuts over-long prompts at their
+//! beginning. Knows no tokenizer and no template: prompts are token ids. Legend: b batch, l tokens, t tokens and
+//! queries, d decoder width, v rows of all images.
+
+use burn::module::Module;
+use burn::tensor::TensorData;
+use burn::tensor::activation::log_softmax;
+use deepgen_contract::model::{Padding, SpecialTokens, VlmConfig};
+
+use crate::init::Init;
+use crate::language::LanguageModel;
+use crate::nn::{to_dtype, to_f32};
+use crate::rope::{Grid, PositionIds, RopeError};
+use crate::vision::VisionTower;
+use crate::weights::{WeightFile, WeightsError, load_into};
+use crate::{Device, IntTensor, Tensor};
+
+/// Token id that stands for a query when positions are computed.
+const QUERY_ID: u32 = 0;
+
+/// Why a batch of prompts could not be read.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum VlmError {
+    /// The batch holds no prompt.
+    #[error("the batch holds no prompt")]
+    EmptyBatch,
+    /// Prompts and image lists do not pair up.
+    #[error("{num_prompts} prompts came with {num_lists} lists of images")]
+    ImageLists {
+        /// Prompts.
+        num_prompts: usize,
+        /// Lists.
+        num_lists: usize,
+    },
+    /// A prompt is longer than the fixed length it is to be padded to.
+    #[error("a prompt of {num_tokens} tokens does not fit padding = {{ fixed = {fixed} }}")]
+    TooLong {
+        /// Tokens of the prompt.
+        num_tokens: usize,
+        /// The setting.
+        fixed: usize,
+    },
+    /// See [`RopeError`].
+    #[error(transparent)]
+    Positions(#[from] RopeError),
+}
+
+/// Prompts with their reference images.
+#[derive(Debug, Clone, Default)]
+pub struct PromptBatch {
+    /// Token ids of each prompt, without padding.
+    pub ids: Vec<Vec<u32>>,
+    /// Images `[3, height, width]` in [-1, 1] of each prompt, in the order of their image tokens.
+    pub images: Vec<Vec<Tensor<3>>>,
+}
+
+impl PromptBatch {
+    /// Makes a batch of prompts without images.
+    pub fn text(ids: Vec<Vec<u32>>) -> Self {
+        let images = vec![Vec::new(); ids.len()];
+        Self { ids, images }
+    }
+
+    /// Returns the prompts of `self` followed by those of `other`.
+    pub fn followed_by(mut self, other: Self) -> Self {
+        self.ids.extend(other.ids);
+        self.images.extend(other.images);
+        self
+    }
+}
+
+/// How a batch of prompts is read.
+#[derive(Debug, Clone)]
+pub struct Reading<'a> {
+    /// Learned queries `[queries, d]`, appended to every prompt.
+    pub queries: Option<Tensor<2>>,
+    /// Padding on the left.
+    pub padding: Padding,
+    /// Longest prompt, image tokens not counted; `None` cuts nothing, as at inference.
+    pub max_length: Option<usize>,
+    /// Entries of the hidden-state tuple to return.
+    pub entries: &'a [usize],
+    /// Whether gradient flows into the vision tower. DeepGen never lets it.
+    pub is_vision_trained: bool,
+}
+
+/// A batch laid out for the decoder: padded ids, which of them are real, and positions, queries included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Padded prompt ids, without queries and not cut.
+    pub ids: Vec<Vec<u32>>,
+    /// False on padding; with queries, cut.
+    pub is_real: Vec<Vec<bool>>,
+    /// Positions; with queries, cut.
+    pub positions: PositionIds,
+    /// Positions cut off the beginning.
+    pub num_cut: usize,
+}
+
+impl Layout {
+    /// Pads prompts on the left, appends `num_queries` queries, and cuts to `max_length` (section 2.4).
+    ///
+    /// # Errors
+    /// When there is no prompt, a prompt does not fit a fixed padding, or images and image tokens differ.
+    pub fn new(
+        prompts: &[Vec<u32>],
+        grids: &[Vec<Grid>],
+        tokens: &SpecialTokens,
+        (padding, num_queries, max_length): (Padding, usize, Option<usize>),
+    ) -> Result<Self, VlmError> {
+        let longest = prompts.iter().map(Vec::len).max().ok_or(VlmError::EmptyBatch)?;
+        if grids.len() != prompts.len() {
+            return Err(VlmError::ImageLists { num_prompts: prompts.len(), num_lists: grids.len() });
+        }
+        let len = match padding {
+            Padding::Longest => longest,
+            Padding::Fixed(fixed) if longest > fixed => return Err(VlmError::TooLong { num_tokens: longest, fixed }),
+            Padding::Fixed(fixed) => fixed,
+        };
+        let mut ids = Vec::with_capacity(prompts.len());
+        let mut is_real = Vec::with_capacity(prompts.len());
+        for prompt in prompts {
+            let num_padding = len - prompt.len();
+            ids.push(std::iter::repeat_n(tokens.pad, num_padding).chain(prompt.iter().copied()).collect::<Vec<u32>>());
+            is_real.push((0..len + num_queries).map(|i| i >= num_padding).collect::<Vec<bool>>());
+        }
+        let with_queries: Vec<Vec<u32>> = ids
+            .iter()
+            .map(|row| row.iter().copied().chain(std::iter::repeat_n(QUERY_ID, num_queries)).collect())
+            .collect();
+        let mut positions = PositionIds::new(&with_queries, &is_real, grids, tokens)?;
+
+        let num_images = grids.iter().map(Vec::len).max().unwrap_or(0);
+        let longest_image = grids.iter().flatten().map(|g| g.num_tokens()).max().unwrap_or(0);
+        let total = len + num_queries;
+        let kept = max_length.map_or(total, |max| total.min(max + num_images * longest_image + num_queries));
+        positions.keep_last(kept);
+        for row in &mut is_real {
+            row.drain(..total - kept);
+        }
+        Ok(Self { ids, is_real, positions, num_cut: total - kept })
+    }
+}
+
+/// The vision-language model.
+#[derive(Module, Debug)]
+pub struct Vlm {
+    /// Vision tower.
+    pub visual: VisionTower,
+    /// Text decoder.
+    pub model: LanguageModel,
+    #[module(skip)]
+    config: VlmConfig,
+}
+
+impl Vlm {
+    /// Creates a model with fresh weights.
+    pub fn new(init: &Init, config: &VlmConfig) -> Self {
+        Self {
+            visual: VisionTower::new(&init.at("visual"), &config.vision),
+            model: LanguageModel::new(&init.at("model"), &config.language),
+            config: config.clone(),
+        }
+    }
+
+    /// Loads base weights in any of the spellings of [`hub_name`]; adapters and the tied head in `file` are passed over.
+    ///
+    /// # Errors
+    /// When a tensor is missing, unknown or of another shape.
+    pub fn load(self, file: &WeightFile) -> Result<Self, WeightsError> {
+        let file = file.clone().rename(|name| hub_name(name).filter(|name| !is_adapter(name)));
+        load_into(self, &file, "")
+    }
+
+    /// Returns the settings.
+    pub fn config(&self) -> &VlmConfig {
+        &self.config
+    }
+
+    /// Returns the device of the weights.
+    pub fn device(&self) -> Device {
+        self.model.embed_tokens.weight.lazy_device()
+    }
+
+    /// Returns the hidden states that `reading` asks for, each `[b, t, d]`.
+    ///
+    /// # Errors
+    /// See [`Layout::new`].
+    pub fn hidden_states(&self, batch: &PromptBatch, reading: &Reading<'_>) -> Result<Vec<Tensor<3>>, VlmError> {
+        let (embeds, layout) = self.embed(batch, reading)?;
+        Ok(self.model.hidden_states(embeds, &layout.positions, &layout.is_real, reading.entries))
+    }
+
+    /// Returns the decoder's input `[b, t, d]`, vision rows and queries in place, and its layout.
+    ///
+    /// # Errors
+    /// See [`Layout::new`].
+    pub fn embed(&self, batch: &PromptBatch, reading: &Reading<'_>) -> Result<(Tensor<3>, Layout), VlmError> {
+        let grid = |image: &Tensor<3>| {
+            let [_, height, width] = image.dims();
+            self.visual.grid(height, width)
+        };
+        let grids: Vec<Vec<Grid>> = batch.images.iter().map(|images| images.iter().map(grid).collect()).collect();
+        let num_queries = reading.queries.as_ref().map_or(0, |queries| queries.dims()[0]);
+        let cut = (reading.padding, num_queries, reading.max_length);
+        let layout = Layout::new(&batch.ids, &grids, &self.config.tokens, cut)?;
+
+        let images: Vec<Tensor<3>> = batch.images.iter().flatten().cloned().collect();
+        let vision = self.visual.encode(&images);
+        let vision = if reading.is_vision_trained { vision } else { vision.into_iter().map(Tensor::detach).collect() };
+        Ok((self.assemble(&layout, vision, reading.queries.clone()), layout))
+    }
+
+    /// Returns the decoder's input `[b, t, d]` for a layout, the rows of its images in order, and its queries.
+    pub fn assemble(&self, layout: &Layout, vision: Vec<Tensor<2>>, queries: Option<Tensor<2>>) -> Tensor<3> {
+        let mut embeds = self.place_images(&layout.ids, vision);
+        let [b, _, d] = embeds.dims();
+        if let Some(queries) = queries {
+            let [q, _] = queries.dims();
+            let queries = to_dtype(queries, embeds.dtype()).unsqueeze::<3>().expand([b, q, d]);
+            embeds = Tensor::cat(vec![embeds, queries], 1);
+        }
+        if layout.num_cut == 0 {
+            return embeds;
+        }
+        let [_, t, _] = embeds.dims();
+        embeds.narrow(1, layout.num_cut, t - layout.num_cut)
+    }
+
+    /// Looks up the ids and puts the vision rows, in order, where the image tokens are.
+    fn place_images(&self, ids: &[Vec<u32>], vision: Vec<Tensor<2>>) -> Tensor<3> {
+        let device = self.device();
+        let (b, l) = (ids.len(), ids.first().map_or(0, Vec::len));
+        let flat: Vec<i64> = ids.iter().flatten().map(|&id| i64::from(id)).collect();
+        let embeds_bld = self.model.embed_tokens.forward(IntTensor::from_data(TensorData::new(flat, [b, l]), &device));
+        if vision.is_empty() {
+            return embeds_bld;
+        }
+        // One table of text rows and vision rows; each place of the result names the row it takes.
+        let [_, _, d] = embeds_bld.dims();
+        let mut next_image_row = (b * l) as i64;
+        let rows: Vec<i64> = ids
+            .iter()
+            .flatten()
+            .enumerate()
+            .map(|(place, &id)| {
+                if id == self.config.tokens.image_pad {
+                    next_image_row += 1;
+                    next_image_row - 1
+                } else {
+                    place as i64
+                }
+            })
+            .collect();
+        let dtype = embeds_bld.dtype();
+        let vision = vision.into_iter().map(|rows| to_dtype(rows, dtype));
+        let table = Tensor::cat(std::iter::once(embeds_bld.reshape([b * l, d])).chain(vision).collect(), 0);
+        table.select(0, IntTensor::from_data(TensorData::new(rows, [b * l]), &device)).reshape([b, l, d])
+    }
+
+    /// Returns the mean cross-entropy of the last `num_targets[row]` tokens of each row: what captioning trains on.
+    ///
+    /// Gradient flows into the vision tower.
+    ///
+    /// # Errors
+    /// See [`Layout::new`].
+    pub fn caption_loss(&self, batch: &PromptBatch, num_targets: &[usize]) -> Result<Tensor<1>, VlmError> {
+        let last = [self.config.language.num_hidden_layers];
+        let reading = Reading {
+            queries: None,
+            padding: Padding::Longest,
+            max_length: None,
+            entries: &last,
+            is_vision_trained: true,
+        };
+        let (embeds, layout) = self.embed(batch, &reading)?;
+        let device = embeds.device();
+        let [b, l, d] = embeds.dims();
+        let mut states = self.model.hidden_states(embeds, &layout.positions, &layout.is_real, &last);
+        let state = states.remove(0).reshape([b * l, d]);
+        let (mut places, mut targets) = (Vec::new(), Vec::new());
+        for (row, (ids, &num)) in layout.ids.iter().zip(num_targets).enumerate() {
+            // A row's first token has no predecessor, so it is never a target.
+            let first = l.saturating_sub(num).max(1);
+            for (position, &id) in ids.iter().enumerate().skip(first) {
+                places.push((row * l + position - 1) as i64);
+                targets.push(i64::from(id));
+            }
+        }
+        let num = places.len();
+        let predictors = state.select(0, IntTensor::from_data(TensorData::new(places, [num]), &device));
+        let logits: Tensor<2> = self.model.logits(predictors.unsqueeze::<3>()).squeeze_dim(0);
+        let log_probabilities = log_softmax(to_f32(logits), 1);
+        let picked = log_probabilities.gather(1, IntTensor::from_data(TensorData::new(targets, [num, 1]), &device));
+        Ok(picked.mean().neg())
+    }
+
+    /// Returns the logits of the token that follows each prompt, `[b, vocab]`.
+    ///
+    /// # Errors
+    /// See [`Layout::new`].
+    pub fn next_token_logits(&self, batch: &PromptBatch) -> Result<Tensor<2>, VlmError> {
+        let last = [self.config.language.num_hidden_layers];
+        let reading = Reading {
+            queries: None,
+            padding: Padding::Longest,
+            max_length: None,
+            entries: &last,
+            is_vision_trained: false,
+        };
+        let state = self.hidden_states(batch, &reading)?.remove(0);
+        let [_, l, _] = state.dims();
+        Ok(self.model.logits(state.narrow(1, l - 1, 1)).squeeze_dim(1))
+    }
+}
+
+/// Beginnings of names that wrap the model in whole-model checkpoints and adapter files, outermost first.
+const WRAPPERS: [&str; 3] = ["base_model.model.", "module.", "lmm."];
+/// Spellings of newer libraries, theirs and the hub's.
+const SPELLINGS: [(&str, &str); 3] =
+    [("model.visual.", "visual."), ("model.language_model.", "model."), ("language_model.model.", "model.")];
+
+/// Returns the hub spelling of a tensor name in any known spelling, adapters included; `None` for the language head,
+/// which is the embedding.
+///
+/// | found in | example |
+/// |---|---|
+/// | hub files | `model.layers.0.mlp.up_proj.weight`, `visual.blocks.0.norm1.weight` |
+/// | newer libraries | `model.language_model.layers.0...`, `model.visual.blocks.0...` |
+/// | whole-model checkpoints | `lmm.` before either; `.base_layer.` where an adapter sits |
+/// | adapter files | `base_model.model.` before either; no `.default` |
+pub fn hub_name(name: &str) -> Option<String> {
+    let mut name = name;
+    for wrapper in WRAPPERS {
+        name = name.strip_prefix(wrapper).unwrap_or(name);
+    }
+    if name.starts_with("lm_head.") {
+        return None;
+    }
+    let spelled = SPELLINGS.iter().find_map(|(theirs, ours)| Some(format!("{ours}{}", name.strip_prefix(theirs)?)));
+    let name = spelled.unwrap_or_else(|| name.into()).replace(".base_layer.", ".");
+    for kind in ["A", "B"] {
+        if let Some(layer) = name.strip_suffix(&format!(".lora_{kind}.weight")) {
+            return Some(format!("{layer}.lora_{kind}.default.weight"));
+        }
+        if let Some(layer) = name.strip_suffix(&format!(".lora_embedding_{kind}")) {
+            return Some(format!("{layer}.lora_embedding_{kind}.default"));
+        }
+    }
+    Some(name)
+}
+
+/// Returns whether a parameter name is an adapter's.
+pub fn is_adapter(name: &str) -> bool {
+    name.contains(".lora_")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::noise;
+    use crate::weights::for_each_param;
+    use deepgen_contract::model::{LanguageConfig, VisionConfig};
+
+    const TOKENS: SpecialTokens = SpecialTokens { pad: 3, vision_start: 7, vision_end: 8, image_pad: 9, video_pad: 10 };
+
+    #[test]
+    fn prompts_are_padded_on_the_left_and_queries_follow() {
+        let prompts = vec![vec![5, 6], vec![5, 6, 5, 6]];
+        let layout = Layout::new(&prompts, &[vec![], vec![]], &TOKENS, (Padding::Longest, 2, None)).unwrap();
+        assert_eq!(layout.ids, [[3, 3, 5, 6], [5, 6, 5, 6]]);
+        assert_eq!(layout.is_real[0], [false, false, true, true, true, true]);
+        assert_eq!(layout.positions.axis[0], [[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]);
+    }
+
+    #[test]
+    fn a_fixed_padding_does_not_depend_on_the_neighbours_and_refuses_longer_prompts() {
+        let fixed = (Padding::Fixed(3), 0, None);
+        let layout = Layout::new(&[vec![5]], &[vec![]], &TOKENS, fixed).unwrap();
+        assert_eq!(layout.ids, [[3, 3, 5]]);
+        let error = Layout::new(&[vec![5; 4]], &[vec![]], &TOKENS, fixed).unwrap_err();
+        assert_eq!(error, VlmError::TooLong { num_tokens: 4, fixed: 3 });
+    }
+
+    #[test]
+    fn an_over_long_prompt_loses_its_beginning_but_no_image_and_no_query() {
+        let prompt = vec![1, 2, 7, 9, 9, 8, 4];
+        let grids = [vec![Grid { rows: 1, columns: 2 }]];
+        let layout = Layout::new(&[prompt], &grids, &TOKENS, (Padding::Longest, 1, Some(3))).unwrap();
+        assert_eq!(layout.num_cut, 2);
+        assert_eq!(layout.is_real[0].len(), 3 + 2 + 1);
+        assert_eq!(layout.positions.axis[2], [[2, 3, 4, 5, 6, 7]]);
+    }
+
+    #[test]
+    fn every_spelling_becomes_the_hubs() {
+        let layer = "model.layers.0.self_attn.q_proj";
+        for (theirs, ours) in [
+            ("lmm.model.language_model.layers.0.self_attn.q_proj.base_layer.weight", format!("{layer}.weight")),
+            ("lmm.model.layers.0.self_attn.q_proj.weight", format!("{layer}.weight")),
+            (
+                "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight",
+                format!("{layer}.lora_A.default.weight"),
+            ),
+            ("model.visual.blocks.0.norm1.weight", "visual.blocks.0.norm1.weight".into()),
+            ("lmm.visual.blocks.0.norm1.weight", "visual.blocks.0.norm1.weight".into()),
+            (
+                "base_model.model.model.language_model.embed_tokens.lora_embedding_B",
+                "model.embed_tokens.lora_embedding_B.default".into(),
+            ),
+        ] {
+            assert_eq!(hub_name(theirs), Some(ours));
+        }
+        assert_eq!(hub_name("lm_head.weight"), None);
+    }
+
+    /// The shapes world's proportions: 32-pixel images are 4 x 4 tokens in four windows.
+    fn small() -> VlmConfig {
+        VlmConfig {
+            language: LanguageConfig {
+                vocab_size: 16,
+                hidden_size: 64,
+                intermediate_size: 96,
+                num_hidden_layers: 2,
+                num_attention_heads: 2,
+                num_key_value_heads: 1,
+                rms_norm_eps: 1e-6,
+                rope_theta: 1e6,
+                mrope_section: [4, 6, 6],
+            },
+            vision: VisionConfig {
+                depth: 2,
+                hidden_size: 32,
+                intermediate_size: 48,
+                num_heads: 2,
+                in_channels: 3,
+                patch_size: 4,
+                temporal_patch_size: 2,
+                spatial_merge_size: 2,
+                window_size: 16,
+                fullatt_block_indexes: vec![1],
+                out_hidden_size: 64,
+                input_scale: [1, 1],
+            },
+            tokens: TOKENS,
+        }
+    }
+
+    fn captioned(device: &Device, caption: &[u32]) -> (Vec<u32>, Vec<Tensor<3>>) {
+        let ids = [7].into_iter().chain([9; 16]).chain([8]).chain(caption.iter().copied()).collect();
+        (ids, vec![noise(1, "image", [3, 32, 32], device)])
+    }
+
+    #[test]
+    fn a_caption_of_one_token_costs_its_log_probability_and_teaches_both_towers() {
+        let device = Device::flex().autodiff();
+        let vlm = Vlm::new(&Init::new(5, &device), &small());
+        let (ids, images) = captioned(&device, &[4, 5]);
+        let shorter = PromptBatch { ids: vec![ids[..ids.len() - 1].to_vec()], images: vec![images.clone()] };
+        let log_probabilities = log_softmax(vlm.next_token_logits(&shorter).unwrap(), 1);
+        let expected = -log_probabilities.into_data().iter::<f32>().nth(5).unwrap();
+        let loss = vlm.caption_loss(&PromptBatch { ids: vec![ids], images: vec![images] }, &[1]).unwrap();
+        assert!((loss.clone().into_scalar::<f32>() - expected).abs() < 1e-5);
+        let gradients = loss.backward();
+        let mut num_without = 0;
+        for_each_param(&vlm, |_, param| num_without += usize::from(param.grad(&gradients).is_none()));
+        assert_eq!(num_without, 0);
+    }
+
+    #[test]
+    fn images_of_one_size_encode_in_one_batch_as_they_do_alone() {
+        let device = Device::flex();
+        let vlm = Vlm::new(&Init::new(5, &device), &small());
+        let image = |name: &str, side| noise(2, name, [3, side, side], &device);
+        let images = [image("a", 32), image("b", 24), image("c", 32)];
+        let together = vlm.visual.encode(&images);
+        assert_eq!(together[1].dims(), [9, 64]);
+        for (image, tokens) in images.iter().zip(together) {
+            let alone = vlm.visual.encode(std::slice::from_ref(image)).remove(0);
+            assert!((alone - tokens).abs().max().into_scalar::<f32>() < 1e-5);
+        }
+    }
+}
