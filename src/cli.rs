@@ -1,0 +1,132 @@
+//! The command line: which commands there are, how errors are shown, and the exit codes.
+//!
+//! Each command lives in [`crate::commands`]; this file parses, dispatches and turns the outcome into an exit code.
+
+use std::fmt;
+use std::io;
+use std::panic;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::commands;
+
+/// Declarative, resumable pipelines for training image generators.
+///
+/// A pipeline file wires stages into a graph; `run` computes what is not there yet and writes a report. Killed at any
+/// moment, the same command goes on where it was.
+#[derive(Debug, Parser)]
+#[command(name = "deepgen", version, after_help = EXIT_HELP, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_HELP: &str = "Exit codes: 0 done, 1 a node failed or the run could not go on, 2 a file or the command line \
+                         is wrong, 3 a bug.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a pipeline: compute every node whose result is not there yet
+    Run(commands::run::RunArgs),
+    /// Run all variants of an experiment as one plan, shared nodes once
+    Sweep(commands::run::SweepArgs),
+    /// Show what a run would do and why, without doing it
+    Plan(commands::plan::PlanArgs),
+    /// Show a node's settings with the origin of every value, and why it would run
+    Explain(commands::explain::ExplainArgs),
+    /// Check a pipeline's files, or sealed artifacts
+    Check(commands::check::CheckArgs),
+    /// Show where a run stands; works while it goes on
+    Status(commands::status::StatusArgs),
+    /// Show what a node's worker said and printed
+    Logs(commands::logs::LogsArgs),
+    /// Show where the report of a run lies
+    Report(commands::report::ReportArgs),
+    /// List all runs
+    Runs(commands::status::RunsArgs),
+    /// Compare the resumable state with the journals, or make it again from them
+    State(commands::state::StateArgs),
+}
+
+/// How the program ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Everything asked for is done.
+    Done = 0,
+    /// A node failed, or the run could not go on.
+    Failed = 1,
+    /// A file or the command line is wrong; nothing was started.
+    Wrong = 2,
+    /// A bug of this program.
+    Bug = 3,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+/// An error of the person who asked, with what to do about it: ends with [`Exit::Wrong`].
+#[derive(Debug)]
+pub struct Wrong(pub String);
+
+impl fmt::Display for Wrong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Wrong {}
+
+/// Parses the command line, runs the command and returns the exit code.
+pub fn main() -> ExitCode {
+    start_logging();
+    let cli = Cli::parse();
+    // A panic is a bug and must not look like a failed node.
+    match panic::catch_unwind(|| dispatch(&cli.command)) {
+        Ok(Ok(exit)) => exit.into(),
+        Ok(Err(error)) => {
+            eprintln!("error: {error:#}");
+            if error.is::<Wrong>() { Exit::Wrong.into() } else { Exit::Failed.into() }
+        }
+        Err(_) => {
+            eprintln!("this is a bug in deepgen; the run is safe: the same command goes on with it");
+            Exit::Bug.into()
+        }
+    }
+}
+
+fn dispatch(command: &Command) -> anyhow::Result<Exit> {
+    match command {
+        Command::Run(args) => commands::run::run(args),
+        Command::Sweep(args) => commands::run::sweep(args),
+        Command::Plan(args) => commands::plan::plan(args),
+        Command::Explain(args) => commands::explain::explain(args),
+        Command::Check(args) => commands::check::check(args),
+        Command::Status(args) => commands::status::status(args),
+        Command::Logs(args) => commands::logs::logs(args),
+        Command::Report(args) => commands::report::report(args),
+        Command::Runs(args) => commands::status::runs(args),
+        Command::State(args) => commands::state::state(args),
+    }
+}
+
+/// Logs for developers go to standard error; `RUST_LOG=deepgen=debug` shows more.
+fn start_logging() {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,211 @@
+//! `deepgen status` and `deepgen runs`: where runs stand, read from journals and job directories.
+//!
+//! Opens no state and takes no lock, so it works while a run goes on.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use deepgen_contract::id::NodeName;
+use serde::Serialize;
+
+use super::artifacts_layout;
+use super::table::Table;
+use crate::cli::{Exit, Wrong};
+use crate::exec::jobdir::{EventTail, JobDir};
+use crate::exec::process::ProcessId;
+use crate::progress::format::{duration, now_ms, utc};
+use crate::progress::pace::Pace;
+use crate::run::event::{NodeState, RunResult};
+use crate::spec::nearest;
+use crate::store::Layout;
+use crate::store::runs::{self, NodeView, RunView, SavedPlan};
+
+/// Arguments of `deepgen status`.
+#[derive(Debug, clap::Args)]
+pub struct StatusArgs {
+    /// Name of a run [default: the newest]
+    pub run: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Folder of all results [default: artifacts/ in the project]
+    #[arg(long, value_name = "DIR")]
+    pub artifacts: Option<PathBuf>,
+}
+
+/// Arguments of `deepgen runs`.
+#[derive(Debug, clap::Args)]
+pub struct RunsArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Folder of all results [default: artifacts/ in the project]
+    #[arg(long, value_name = "DIR")]
+    pub artifacts: Option<PathBuf>,
+}
+
+/// A node as `status` shows it.
+#[derive(Debug, Serialize)]
+struct NodeStatus {
+    node: NodeName,
+    stage: String,
+    status: NodeState,
+    fingerprint: String,
+    seconds: Option<f64>,
+    pace: Option<Pace>,
+}
+
+/// A run as `status` shows it.
+#[derive(Debug, Serialize)]
+struct RunStatus {
+    run: String,
+    pipeline: String,
+    profile: String,
+    /// `running`, `interrupted`, or how it ended.
+    result: &'static str,
+    started_ms: u64,
+    updated_ms: u64,
+    nodes: Vec<NodeStatus>,
+}
+
+/// Prints where a run stands.
+///
+/// # Errors
+/// When there is no such run or its journal cannot be read.
+pub fn status(args: &StatusArgs) -> Result<Exit> {
+    let layout = artifacts_layout(args.artifacts.as_deref())?;
+    let run = choose_run(&layout, args.run.as_deref())?;
+    let view = RunView::read(&layout.run(&run))?;
+    let status = run_status(&layout, &run, &view);
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&status)?);
+        return Ok(Exit::Done);
+    }
+    println!("run {}: {}, profile {}, {}", status.run, status.pipeline, status.profile, status.result);
+    let mut table = Table::new(&["node", "stage", "state", "time", ""]);
+    for node in &status.nodes {
+        let time = node.seconds.map_or(String::new(), duration);
+        table.row([node.node.to_string(), node.stage.clone(), node.status.word().into(), time, detail(node)]);
+    }
+    print!("{table}");
+    Ok(Exit::Done)
+}
+
+/// Prints all runs.
+///
+/// # Errors
+/// When a journal cannot be read.
+pub fn runs(args: &RunsArgs) -> Result<Exit> {
+    let layout = artifacts_layout(args.artifacts.as_deref())?;
+    let mut table = Table::new(&["run", "pipeline", "profile", "started", "result", "done", "failed"]);
+    let mut views = Vec::new();
+    for run in runs::list(&layout) {
+        let view = RunView::read(&layout.run(&run))?;
+        let count = |is: fn(&NodeState) -> bool| view.nodes.values().filter(|node| is(&node.state)).count().to_string();
+        table.row([
+            run,
+            view.pipeline.clone(),
+            view.profile.clone(),
+            utc(view.started_ms),
+            result_word(&view).into(),
+            count(NodeState::is_done),
+            count(|state| matches!(state, NodeState::Failed { .. })),
+        ]);
+        views.push(view);
+    }
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&views)?);
+    } else {
+        print!("{table}");
+    }
+    Ok(Exit::Done)
+}
+
+/// Returns the named run, or the newest.
+///
+/// # Errors
+/// When there is none, with the nearest name.
+pub fn choose_run(layout: &Layout, name: Option<&str>) -> Result<String> {
+    let all = runs::list(layout);
+    let Some(name) = name else {
+        return all.last().cloned().ok_or_else(|| Wrong(format!("no run in {}", layout.runs().display())).into());
+    };
+    if all.iter().any(|run| run == name) {
+        return Ok(name.to_owned());
+    }
+    let names: Vec<&str> = all.iter().map(String::as_str).collect();
+    let hint = nearest(name, &names).map_or(String::new(), |near| format!("; did you mean `{near}`?"));
+    Err(Wrong(format!("no run `{name}` in {}{hint}", layout.runs().display())).into())
+}
+
+/// Returns the word for a run: one whose orchestrator has gone without ending it was interrupted.
+fn result_word(view: &RunView) -> &'static str {
+    if let Some(result) = view.result {
+        return RunResult::word(result);
+    }
+    let is_alive = view.owners.last().is_some_and(|(pid, host)| {
+        // Another host's processes cannot be seen; believe its journal.
+        *host != crate::environment::host() || ProcessId { pid: *pid, started: None }.is_alive()
+    });
+    if is_alive { "running" } else { "interrupted" }
+}
+
+fn run_status(layout: &Layout, run: &str, view: &RunView) -> RunStatus {
+    let node_status = |node: &NodeName, stage: String, fingerprint: String| {
+        let seen = view.nodes.get(node);
+        let pace = seen.filter(|seen| seen.state.is_active()).map(|seen| pace(layout, seen));
+        NodeStatus {
+            node: node.clone(),
+            stage,
+            status: view.state(node).clone(),
+            fingerprint,
+            seconds: seen.and_then(|seen| seconds(seen, result_word(view) == "running")),
+            pace,
+        }
+    };
+    // The plan gives order, stages, and the nodes that nothing has happened to yet.
+    let nodes = match SavedPlan::read(&layout.run(run)) {
+        Ok(saved) => {
+            let nodes = saved.plan.nodes.iter();
+            nodes.map(|p| node_status(&p.node.name, p.node.stage.clone(), p.fingerprint.to_string())).collect()
+        }
+        Err(error) => {
+            tracing::warn!(%error, "only nodes with events are shown");
+            let nodes = view.nodes.iter();
+            nodes.map(|(node, seen)| node_status(node, String::new(), seen.fingerprint.to_string())).collect()
+        }
+    };
+    RunStatus {
+        run: run.to_owned(),
+        pipeline: view.pipeline.clone(),
+        profile: view.profile.clone(),
+        result: result_word(view),
+        started_ms: view.started_ms,
+        updated_ms: view.updated_ms,
+        nodes,
+    }
+}
+
+fn pace(layout: &Layout, seen: &NodeView) -> Pace {
+    let mut pace = Pace::default();
+    if let Some(attempt) = seen.state.attempt() {
+        let folder = JobDir::new(&layout.jobs(), &seen.fingerprint).attempt(attempt);
+        EventTail::new(&folder).read().iter().for_each(|event| pace.take(event));
+    }
+    pace
+}
+
+fn seconds(seen: &NodeView, is_running: bool) -> Option<f64> {
+    let end = if seen.state.is_active() && is_running { now_ms() } else { seen.since_ms };
+    Some(end.saturating_sub(seen.started_ms?) as f64 / 1000.0)
+}
+
+fn detail(node: &NodeStatus) -> String {
+    match &node.status {
+        NodeState::Failed { failure, .. } => failure.message.lines().next().unwrap_or_default().to_owned(),
+        NodeState::Retrying { attempt, failure, .. } => format!("attempt {attempt} failed: {failure}"),
+        NodeState::Blocked { by } => format!("by {by}"),
+        NodeState::Stopped { step: Some(step), .. } => format!("at step {step}"),
+        _ => node.pace.as_ref().map_or(String::new(), Pace::line),
+    }
+}

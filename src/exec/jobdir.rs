@@ -1,0 +1,225 @@
+//! Job directories on disk: `jobs/<fingerprint>/<attempt>/` and the lease beside the attempts.
+//!
+//! The lease names the one attempt whose output may be sealed and the worker that has it. Knows files, not processes
+//! beyond their identity, and decides what earlier processes left of a node.
+
+use std::fs;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use deepgen_contract::event::WorkerEvent;
+use deepgen_contract::id::Fingerprint;
+use deepgen_contract::job::{EVENTS_FILE, JOB_FILE, JobSpec, OUT_DIR, OUTCOME_FILE, Outcome};
+use serde::{Deserialize, Serialize};
+
+use super::process::{self, ProcessId};
+use crate::run::board::Start;
+use crate::store::external::write_atomically;
+
+/// Name of the lease in a fingerprint's folder.
+pub const LEASE_FILE: &str = "lease.json";
+const LEASE_VERSION: u32 = 1;
+
+/// Who may produce the result of a fingerprint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// Version of this format.
+    pub version: u32,
+    /// The attempt that has it.
+    pub attempt: u32,
+    /// Host of its worker.
+    pub host: String,
+    /// Its worker; absent from just before the start until just after.
+    pub worker: Option<ProcessId>,
+}
+
+/// All attempts at one fingerprint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobDir {
+    folder: PathBuf,
+}
+
+impl JobDir {
+    /// Returns the folder of a fingerprint among all jobs; it need not exist.
+    pub fn new(jobs: &Path, fingerprint: &Fingerprint) -> Self {
+        Self { folder: jobs.join(fingerprint.to_string()) }
+    }
+
+    /// Returns the directory of an attempt.
+    pub fn attempt(&self, attempt: u32) -> PathBuf {
+        self.folder.join(attempt.to_string())
+    }
+
+    /// Returns the numbers of all attempts, newest first.
+    pub fn attempts(&self) -> Vec<u32> {
+        let Ok(entries) = fs::read_dir(&self.folder) else { return Vec::new() };
+        let names = entries.filter_map(Result::ok).filter_map(|entry| entry.file_name().into_string().ok());
+        let mut attempts: Vec<u32> = names.filter_map(|name| name.parse().ok()).collect();
+        attempts.sort_unstable_by(|a, b| b.cmp(a));
+        attempts
+    }
+
+    /// Returns the lease, if one was given.
+    pub fn lease(&self) -> Option<Lease> {
+        let text = fs::read(self.folder.join(LEASE_FILE)).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// Gives the lease to an attempt; whoever had it can seal no more.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn give_lease(&self, attempt: u32, host: &str, worker: Option<ProcessId>) -> io::Result<()> {
+        let lease = Lease { version: LEASE_VERSION, attempt, host: host.to_owned(), worker };
+        write_atomically(&self.folder.join(LEASE_FILE), &serde_json::to_vec(&lease)?)
+    }
+
+    /// Creates the directory of a job's attempt with its description, and gives it the lease.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn create(&self, job: &JobSpec, host: &str) -> io::Result<PathBuf> {
+        let folder = self.attempt(job.attempt);
+        fs::create_dir_all(&folder)?;
+        write_atomically(&folder.join(JOB_FILE), &serde_json::to_vec_pretty(job)?)?;
+        self.give_lease(job.attempt, host, None)?;
+        Ok(folder)
+    }
+
+    /// Returns the worker of an attempt, if it still runs on this host.
+    pub fn live_worker(&self, attempt: u32, host: &str) -> Option<ProcessId> {
+        let lease = self.lease().filter(|lease| lease.attempt == attempt && lease.host == host)?;
+        match lease.worker {
+            Some(worker) => worker.is_alive().then_some(worker),
+            // The orchestrator died between the start of the worker and writing that down.
+            None => process::find_by_last_argument(&self.attempt(attempt)),
+        }
+    }
+
+    /// Decides what earlier processes left of the node.
+    pub fn start(&self, host: &str) -> Start {
+        let Some(newest) = self.attempts().first().copied() else { return Start::Fresh { next_attempt: 1 } };
+        // The order matters: a worker may end between the two looks, but it never comes back.
+        if self.live_worker(newest, host).is_some() {
+            return Start::Alive { attempt: newest };
+        }
+        let has_lease = self.lease().is_some_and(|lease| lease.attempt == newest);
+        let folder = self.attempt(newest);
+        let is_done = matches!(outcome(&folder), Ok(Some(Outcome::Done { .. })));
+        if has_lease && is_done && folder.join(OUT_DIR).is_dir() {
+            return Start::Finished { attempt: newest };
+        }
+        Start::Fresh { next_attempt: newest + 1 }
+    }
+}
+
+/// Reads how an attempt ended, if it did.
+///
+/// # Errors
+/// When the file is there and cannot be understood.
+pub fn outcome(attempt: &Path) -> io::Result<Option<Outcome>> {
+    match fs::read(attempt.join(OUTCOME_FILE)) {
+        Ok(text) => Ok(Some(serde_json::from_slice(&text)?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Reads `events.jsonl` of an attempt as it grows.
+#[derive(Debug)]
+pub struct EventTail {
+    path: PathBuf,
+    offset: u64,
+    partial: Vec<u8>,
+}
+
+impl EventTail {
+    /// Returns a reader that starts at the first event.
+    pub fn new(attempt: &Path) -> Self {
+        Self { path: attempt.join(EVENTS_FILE), offset: 0, partial: Vec::new() }
+    }
+
+    /// Returns the events since the last call. A line of an unknown kind is left out: a newer worker may say more.
+    pub fn read(&mut self) -> Vec<WorkerEvent> {
+        let mut bytes = std::mem::take(&mut self.partial);
+        if let Err(error) = self.read_new(&mut bytes)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %self.path.display(), %error, "cannot read events");
+        }
+        let end = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        self.partial = bytes.split_off(end);
+        let lines = bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+        lines.filter_map(|line| serde_json::from_slice(line).ok()).collect()
+    }
+
+    fn read_new(&mut self, bytes: &mut Vec<u8>) -> io::Result<()> {
+        let mut file = fs::File::open(&self.path)?;
+        file.seek(SeekFrom::Start(self.offset))?;
+        self.offset += file.read_to_end(bytes)? as u64;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use deepgen_contract::event::WorkerEventKind;
+    use std::io::Write;
+
+    fn job_dir() -> (tempfile::TempDir, JobDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let job = JobDir::new(dir.path(), &Fingerprint([1; 32]));
+        (dir, job)
+    }
+
+    fn attempt(job: &JobDir, attempt: u32, outcome: Option<&str>) {
+        let folder = job.attempt(attempt);
+        fs::create_dir_all(folder.join(OUT_DIR)).unwrap();
+        if let Some(text) = outcome {
+            fs::write(folder.join(OUTCOME_FILE), text).unwrap();
+        }
+    }
+
+    const DONE: &str = r#"{"kind":"done","metrics":{},"notes":[],"seconds":1.0}"#;
+
+    #[test]
+    fn what_was_left_decides_how_a_node_starts() {
+        let (_dir, job) = job_dir();
+        assert_eq!(job.start("here"), Start::Fresh { next_attempt: 1 });
+        attempt(&job, 1, None);
+        job.give_lease(1, "here", Some(ProcessId { pid: u32::MAX - 1, started: Some(1) })).unwrap();
+        assert_eq!(job.start("here"), Start::Fresh { next_attempt: 2 });
+        attempt(&job, 10, Some(DONE));
+        assert_eq!(job.start("here"), Start::Fresh { next_attempt: 11 }, "the lease is another's");
+        job.give_lease(10, "here", None).unwrap();
+        assert_eq!(job.start("here"), Start::Finished { attempt: 10 });
+        job.give_lease(10, "here", Some(ProcessId::of(std::process::id()))).unwrap();
+        assert_eq!(job.start("here"), Start::Alive { attempt: 10 });
+        assert_eq!(job.attempts(), [10, 1]);
+    }
+
+    #[test]
+    fn a_failed_or_stopped_attempt_is_followed_by_the_next() {
+        let (_dir, job) = job_dir();
+        attempt(&job, 1, Some(r#"{"kind":"stopped","step":5}"#));
+        job.give_lease(1, "here", None).unwrap();
+        assert_eq!(job.start("here"), Start::Fresh { next_attempt: 2 });
+    }
+
+    #[test]
+    fn a_tail_gives_each_line_once_and_waits_for_the_end_of_a_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut tail = EventTail::new(dir.path());
+        assert_eq!(tail.read(), []);
+        let mut file = fs::File::create(dir.path().join(EVENTS_FILE)).unwrap();
+        let line = r#"{"ts_ms":1,"event":{"kind":"note","message":"hello"}}"#;
+        write!(file, "{line}\n{{\"ts_ms\":2,\"event\":{{\"kind\":\"dance\"}}}}\n{}", &line[..20]).unwrap();
+        let read = tail.read();
+        assert_eq!(read.len(), 1);
+        assert_eq!(read[0].event, WorkerEventKind::Note { message: "hello".into() });
+        assert_eq!(tail.read(), []);
+        writeln!(file, "{}", &line[20..]).unwrap();
+        assert_eq!(tail.read(), read);
+    }
+}

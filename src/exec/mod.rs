@@ -1,0 +1,10 @@
+//! How jobs are started and followed: job directories ([`jobdir`]), the trait of an executor and its one
+//! implementation so far, local child processes ([`local`]).
+
+pub mod executor;
+pub mod jobdir;
+pub mod local;
+pub mod process;
+
+pub use executor::{ExecError, Executor, Report, What};
+pub use local::LocalExecutor;

@@ -1,0 +1,15 @@
+//! The orchestrator: reads pipelines, plans them, runs their nodes as worker processes, and reports.
+//!
+//! It decides what to run and knows no tensor; `stages/` is what runs, behind a process boundary
+//! (docs/design.md section 0).
+
+pub mod cli;
+pub mod commands;
+pub mod environment;
+pub mod exec;
+pub mod plan;
+pub mod progress;
+pub mod report;
+pub mod run;
+pub mod spec;
+pub mod store;

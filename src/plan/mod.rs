@@ -1,0 +1,13 @@
+//! From values to verdicts: fingerprints, what is cached, what will run and why. Pure.
+
+mod fingerprint;
+#[expect(clippy::module_inception, reason = "the plan is the noun of this module")]
+mod plan;
+pub mod render;
+mod sizes;
+#[cfg(test)]
+mod tests;
+
+pub use fingerprint::{Difference, FINGERPRINT_VERSION, Identity, Part, Section, differences, setting_leaves};
+pub use plan::{ExternalFiles, Known, Missing, NodeRecord, Plan, PlannedNode, Reason, Verdict, external_content};
+pub use sizes::{TrainingSizes, Unbuildable, training_sizes};

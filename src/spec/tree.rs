@@ -1,0 +1,378 @@
+//! TOML as a tree in which every key and value remembers where it was written, and the rule by which trees merge.
+//!
+//! Knows nothing of stages or pipelines.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use toml::Spanned;
+use toml::de::{DeTable, DeValue};
+
+use super::diagnostic::Diagnostic;
+use super::path;
+use super::resolved::Origin;
+
+/// A text that was read: a file, or one `--set` of the command line.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Source {
+    /// Path relative to the project's root, or `command line`.
+    pub name: String,
+    /// The whole text.
+    pub text: String,
+    /// True for the command line.
+    pub is_command_line: bool,
+    /// Positions of the newlines.
+    newlines: Vec<usize>,
+}
+
+impl Source {
+    /// Returns a file's text under its name.
+    pub fn file(name: impl Into<String>, text: impl Into<String>) -> Arc<Self> {
+        let text = text.into();
+        let newlines = text.match_indices('\n').map(|(at, _)| at).collect();
+        Arc::new(Self { name: name.into(), text, is_command_line: false, newlines })
+    }
+
+    /// Returns one argument of the command line.
+    pub fn argument(text: impl Into<String>) -> Arc<Self> {
+        let (name, text) = ("command line".into(), text.into());
+        Arc::new(Self { name, text, is_command_line: true, newlines: Vec::new() })
+    }
+
+    /// Returns the line, from 1, of a byte position.
+    pub fn line(&self, at: usize) -> usize {
+        self.newlines.partition_point(|newline| *newline < at) + 1
+    }
+
+    /// Returns the spot of some of its bytes.
+    pub fn spot(self: &Arc<Self>, start: usize, end: usize) -> Spot {
+        Spot { source: self.clone(), start, end, profile: None }
+    }
+}
+
+/// A stretch of a source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spot {
+    /// Where.
+    pub source: Arc<Source>,
+    /// First byte.
+    pub start: usize,
+    /// One past the last byte.
+    pub end: usize,
+    /// Profile whose table holds it.
+    pub profile: Option<Arc<str>>,
+}
+
+impl Spot {
+    /// Returns the line, from 1.
+    pub fn line(&self) -> usize {
+        self.source.line(self.start)
+    }
+
+    /// Returns the origin that a resolved node records.
+    pub fn origin(&self) -> Origin {
+        if self.source.is_command_line {
+            return Origin::CommandLine;
+        }
+        let profile = self.profile.as_ref().map(|profile| profile.to_string());
+        Origin::File { file: self.source.name.clone(), line: self.line(), profile }
+    }
+}
+
+/// A value and where it was written.
+#[derive(Debug, Clone)]
+pub struct Tree {
+    /// Where.
+    pub spot: Spot,
+    /// What.
+    pub value: Value,
+}
+
+/// What a tree holds.
+#[derive(Debug, Clone)]
+pub enum Value {
+    /// `true` or `false`.
+    Bool(bool),
+    /// A whole number.
+    Int(i64),
+    /// A number with a fraction or an exponent.
+    Float(f64),
+    /// A text.
+    Text(String),
+    /// A date or time; no setting has one.
+    Date,
+    /// A list.
+    List(Vec<Tree>),
+    /// A table.
+    Table(Table),
+}
+
+/// Entries by key.
+pub type Table = BTreeMap<String, Entry>;
+
+/// A key's place and its value.
+#[derive(Debug, Clone)]
+pub struct Entry {
+    /// Where the key was written.
+    pub key: Spot,
+    /// The value.
+    pub tree: Tree,
+}
+
+impl Value {
+    /// Returns the word for it in messages.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Bool(_) => "true or false",
+            Self::Int(_) => "a whole number",
+            Self::Float(_) => "a number",
+            Self::Text(_) => "a text",
+            Self::Date => "a date",
+            Self::List(_) => "a list",
+            Self::Table(_) => "a table",
+        }
+    }
+}
+
+impl Tree {
+    /// Returns an empty table at `spot`.
+    pub fn empty(spot: Spot) -> Self {
+        Self { spot, value: Value::Table(Table::new()) }
+    }
+
+    /// Returns the table, if it is one.
+    pub fn table(&self) -> Option<&Table> {
+        match &self.value {
+            Value::Table(table) => Some(table),
+            _ => None,
+        }
+    }
+
+    /// Returns the text, if it is one.
+    pub fn text(&self) -> Option<&str> {
+        match &self.value {
+            Value::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// Returns the value of a key, if this is a table that has it.
+    pub fn get(&self, key: &str) -> Option<&Tree> {
+        self.table()?.get(key).map(|entry| &entry.tree)
+    }
+
+    fn kind_key(&self) -> Option<&str> {
+        self.get("kind")?.text()
+    }
+
+    /// Lays `over` on top: tables merge key by key, anything else is replaced, and so is a table whose `kind` changes.
+    pub fn merge(&mut self, over: Tree) {
+        let changes_kind = over.kind_key().is_some() && over.kind_key() != self.kind_key();
+        match (&mut self.value, over.value) {
+            (Value::Table(below), Value::Table(above)) if !changes_kind => {
+                for (key, entry) in above {
+                    match below.get_mut(&key) {
+                        Some(old) => {
+                            if old.tree.table().is_none() || entry.tree.table().is_none() {
+                                old.key = entry.key;
+                            }
+                            old.tree.merge(entry.tree);
+                        }
+                        None => {
+                            below.insert(key, entry);
+                        }
+                    }
+                }
+            }
+            (_, value) => *self = Tree { spot: over.spot, value },
+        }
+    }
+
+    /// Returns tables around `self` so that it stands at the end of `keys`.
+    pub fn nested(self, keys: &[String], key: &Spot) -> Self {
+        keys.iter().rev().fold(self, |tree, part| {
+            let spot = tree.spot.clone();
+            let table = Table::from([(part.clone(), Entry { key: key.clone(), tree })]);
+            Tree { spot, value: Value::Table(table) }
+        })
+    }
+
+    /// Replaces quoted keys that hold dots, such as `"optimizer.lr"`, by the tables that they spell.
+    pub fn undotted(self) -> Self {
+        let Value::Table(table) = self.value else { return self };
+        let mut all = Tree::empty(self.spot);
+        // In order of writing, so that of two spellings of one key the later counts.
+        let mut entries: Vec<_> = table.into_iter().collect();
+        entries.sort_by_key(|(_, entry)| entry.key.start);
+        for (key, entry) in entries {
+            all.merge(entry.tree.undotted().nested(&path::split(&key), &entry.key));
+        }
+        all
+    }
+
+    /// Marks everything as written in a profile's table.
+    pub fn in_profile(mut self, profile: &Arc<str>) -> Self {
+        self.spot.profile = Some(profile.clone());
+        self.value = match self.value {
+            Value::List(items) => Value::List(items.into_iter().map(|item| item.in_profile(profile)).collect()),
+            Value::Table(table) => Value::Table(
+                table
+                    .into_iter()
+                    .map(|(key, mut entry)| {
+                        entry.key.profile = Some(profile.clone());
+                        (key, Entry { key: entry.key, tree: entry.tree.in_profile(profile) })
+                    })
+                    .collect(),
+            ),
+            other => other,
+        };
+        self
+    }
+
+    /// Calls `visit` with the dotted key and the value of every leaf: of everything that is not a table.
+    pub fn leaves(&self, prefix: &str, visit: &mut impl FnMut(String, &Tree)) {
+        match &self.value {
+            Value::Table(table) => {
+                for (key, entry) in table {
+                    entry.tree.leaves(&path::join(prefix, key), visit);
+                }
+            }
+            _ => visit(prefix.to_owned(), self),
+        }
+    }
+
+    /// Returns the value as JSON; infinite numbers and dates become null, which no setting accepts.
+    pub fn json(&self) -> serde_json::Value {
+        match &self.value {
+            Value::Bool(value) => (*value).into(),
+            Value::Int(value) => (*value).into(),
+            Value::Float(value) => (*value).into(),
+            Value::Text(value) => value.as_str().into(),
+            Value::Date => serde_json::Value::Null,
+            Value::List(items) => items.iter().map(Tree::json).collect(),
+            Value::Table(table) => {
+                serde_json::Value::Object(table.iter().map(|(key, entry)| (key.clone(), entry.tree.json())).collect())
+            }
+        }
+    }
+}
+
+/// Beginning of the message of every syntax error but a repeated key.
+pub const NOT_TOML: &str = "this is not TOML";
+
+/// Parses a source: the tree as far as it could be read, and every syntax error.
+pub fn parse(source: &Arc<Source>) -> (Tree, Vec<Diagnostic>) {
+    let (document, errors) = DeTable::parse_recoverable(&source.text);
+    let whole = source.spot(0, 0);
+    let tree = Tree { spot: whole.clone(), value: Value::Table(table(document.into_inner(), source, 0)) };
+    let diagnostics = errors.iter().filter_map(|error| syntax_error(error, &tree, &whole)).collect();
+    (tree, diagnostics)
+}
+
+/// Parses the value that an argument of the command line holds from byte `from` on; a bare word is a text.
+pub fn parse_value(source: &Arc<Source>, from: usize) -> Result<Tree, Diagnostic> {
+    let text = &source.text[from..];
+    let from = from + (text.len() - text.trim_start().len());
+    let text = text.trim();
+    let spot = source.spot(from, from + text.len());
+    match DeValue::parse(text) {
+        Ok(value) => Ok(convert(value, source, from)),
+        Err(_) if !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "_-./:".contains(c)) => {
+            Ok(Tree { spot, value: Value::Text(text.to_owned()) })
+        }
+        Err(error) => Err(Diagnostic::new(format!("this is not a TOML value: {}", error.message()))
+            .at(&spot, "the value")
+            .help(r#"a text with spaces needs quotes: --set 'node.key="two words"'"#)),
+    }
+}
+
+fn spot<T>(spanned: &Spanned<T>, source: &Arc<Source>, offset: usize) -> Spot {
+    source.spot(spanned.span().start + offset, spanned.span().end + offset)
+}
+
+fn table(table: DeTable<'_>, source: &Arc<Source>, offset: usize) -> Table {
+    table
+        .into_iter()
+        .map(|(key, value)| {
+            let entry = Entry { key: spot(&key, source, offset), tree: convert(value, source, offset) };
+            (key.into_inner().into_owned(), entry)
+        })
+        .collect()
+}
+
+fn convert(value: Spanned<DeValue<'_>>, source: &Arc<Source>, offset: usize) -> Tree {
+    let spot = spot(&value, source, offset);
+    let value = match value.into_inner() {
+        DeValue::String(text) => Value::Text(text.into_owned()),
+        DeValue::Integer(number) => match i64::from_str_radix(number.as_str(), number.radix()) {
+            Ok(number) => Value::Int(number),
+            // Out of range for a whole number, so the check of its type speaks.
+            Err(_) => Value::Float(number.as_str().parse().unwrap_or(f64::INFINITY)),
+        },
+        DeValue::Float(number) => Value::Float(number.as_str().parse().unwrap_or(f64::NAN)),
+        DeValue::Boolean(value) => Value::Bool(value),
+        DeValue::Datetime(_) => Value::Date,
+        DeValue::Array(items) => Value::List(items.into_iter().map(|item| convert(item, source, offset)).collect()),
+        DeValue::Table(entries) => Value::Table(table(entries, source, offset)),
+    };
+    Tree { spot, value }
+}
+
+/// Turns a parser's error into ours; of a key that stands twice it names both lines.
+///
+/// Nothing for a key that stands twice only because its table does.
+fn syntax_error(error: &toml::de::Error, tree: &Tree, whole: &Spot) -> Option<Diagnostic> {
+    let span = error.span().unwrap_or(0..0);
+    let spot = Spot { start: span.start, end: span.end, ..whole.clone() };
+    if error.message() != "duplicate key" {
+        return Some(Diagnostic::new(format!("{NOT_TOML}: {}", error.message())).at(&spot, "here"));
+    }
+    let (keys, header) = keys_at(&spot);
+    let first = if header.start <= spot.start && spot.end <= header.end {
+        headers(&whole.source).find(|(known, _)| *known == keys).map(|(_, first)| first)
+    } else {
+        let mut entry: Option<&Entry> = None;
+        for key in &keys {
+            entry = entry.map_or(tree, |entry| &entry.tree).table().and_then(|table| table.get(key));
+        }
+        let first = entry.map(|entry| entry.key.clone());
+        if first.as_ref().is_some_and(|first| first.start < header.start) {
+            return None;
+        }
+        first
+    };
+    let name = keys.last().cloned().unwrap_or_default();
+    let what = match keys.as_slice() {
+        [table, name] if table == "node" => format!("two nodes are named `{name}`"),
+        _ => format!("`{name}` is written twice"),
+    };
+    Some(match first.filter(|first| first.start < spot.start) {
+        Some(first) => Diagnostic::new(format!("{what}: in line {} and in line {}", first.line(), spot.line()))
+            .at(&spot, "again here")
+            .at(&first, "first here"),
+        None => Diagnostic::new(format!("{what}: once more in line {}", spot.line())).at(&spot, "again here"),
+    })
+}
+
+/// Returns every table header with its keys, in order.
+fn headers(source: &Arc<Source>) -> impl Iterator<Item = (Vec<String>, Spot)> + '_ {
+    let mut start = 0;
+    source.text.split_inclusive('\n').filter_map(move |line| {
+        let begin = start;
+        start += line.len();
+        let keys = line.trim_start().strip_prefix('[')?;
+        let end = keys.rfind(']')?;
+        let from = begin + line.len() - keys.len();
+        Some((path::split(keys[..end].trim()), source.spot(from, from + end)))
+    })
+}
+
+/// Returns the keys, from the root, of the header or assignment that `spot` stands in, and the header it stands under.
+fn keys_at(spot: &Spot) -> (Vec<String>, Spot) {
+    let above = headers(&spot.source).take_while(|(_, header)| header.start <= spot.start).last();
+    let (mut keys, header) = above.unwrap_or_else(|| (Vec::new(), spot.source.spot(0, 0)));
+    if spot.start >= header.end {
+        keys.push(path::split(&spot.source.text[spot.start..spot.end]).concat());
+    }
+    (keys, header)
+}

@@ -1,0 +1,249 @@
+//! Sealed artifacts: `store/<fingerprint>/` with its files and `manifest.json`.
+//!
+//! A node is done only if its manifest reads and every file it lists is there with its size. Sealing is one rename of
+//! a folder whose content is synced, so an artifact is there completely or not at all. Files are made read-only
+//! afterwards; folders are not, so that a person can remove them. Knows nothing of runs and plans.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use deepgen_contract::artifact::{FileEntry, MANIFEST_FILE, MANIFEST_VERSION, Manifest};
+use deepgen_contract::id::{Fingerprint, NodeName};
+
+use super::external::hash_file;
+use super::layout::Layout;
+use crate::plan::{Known, NodeRecord};
+
+/// An artifact that cannot be sealed or does not verify.
+#[derive(Debug, thiserror::Error)]
+pub enum ArtifactError {
+    /// The file system said no.
+    #[error("cannot read or write {path}: {source}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+    /// The manifest cannot be read.
+    #[error("{path} is no manifest of this program: {what}")]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// The reason.
+        what: String,
+    },
+    /// A listed file is not as it was sealed.
+    #[error("{path} {what}")]
+    Content {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The output holds something that cannot be kept.
+    #[error("{path} is neither a file nor a folder: an artifact holds nothing else")]
+    Special {
+        /// The thing.
+        path: PathBuf,
+    },
+}
+
+/// All sealed artifacts.
+#[derive(Debug)]
+pub struct ArtifactStore {
+    layout: Layout,
+    /// Newest sealed result of each node; read on first use, because only a node that must run asks for it.
+    latest: OnceCell<BTreeMap<NodeName, Manifest>>,
+}
+
+impl ArtifactStore {
+    /// Returns the store of an artifacts folder, which need not exist.
+    pub fn open(layout: Layout) -> Self {
+        Self { layout, latest: OnceCell::new() }
+    }
+
+    /// Returns where things lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Returns the folder of an artifact.
+    pub fn path(&self, fingerprint: &Fingerprint) -> PathBuf {
+        self.layout.artifact(fingerprint)
+    }
+
+    /// Returns the manifest of a sealed artifact after comparing its files with their recorded sizes.
+    ///
+    /// # Errors
+    /// When there is none or it does not verify.
+    pub fn manifest(&self, fingerprint: &Fingerprint) -> Result<Manifest, ArtifactError> {
+        let folder = self.path(fingerprint);
+        let manifest = read_manifest(&folder)?;
+        if manifest.fingerprint != *fingerprint {
+            let what = format!("it belongs to {}", manifest.fingerprint.short());
+            return Err(ArtifactError::Manifest { path: folder.join(MANIFEST_FILE), what });
+        }
+        for file in &manifest.files {
+            let path = folder.join(&file.path);
+            let bytes = fs::metadata(&path).map_err(|source| ArtifactError::Io { path: path.clone(), source })?.len();
+            if bytes != file.bytes {
+                return Err(ArtifactError::Content { path, what: format!("has {bytes} bytes, not {}", file.bytes) });
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Reads every file of an artifact and compares its hash: `deepgen check --artifacts`.
+    ///
+    /// # Errors
+    /// Names the first file that differs.
+    pub fn verify(&self, fingerprint: &Fingerprint) -> Result<Manifest, ArtifactError> {
+        let manifest = self.manifest(fingerprint)?;
+        for file in &manifest.files {
+            let path = self.path(fingerprint).join(&file.path);
+            let hash = hash_file(&path).map_err(|source| ArtifactError::Io { path: path.clone(), source })?;
+            if hash != file.blake3 {
+                return Err(ArtifactError::Content { path, what: "has another content than was sealed".into() });
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// Returns the fingerprints of all folders in the store, sealed or not.
+    pub fn fingerprints(&self) -> Vec<Fingerprint> {
+        let Ok(entries) = fs::read_dir(self.layout.store()) else { return Vec::new() };
+        let names = entries.filter_map(Result::ok).filter_map(|entry| entry.file_name().into_string().ok());
+        let mut found: Vec<_> = names.filter_map(|name| Fingerprint::parse(&name).ok()).collect();
+        found.sort();
+        found
+    }
+
+    fn latest_manifests(&self) -> &BTreeMap<NodeName, Manifest> {
+        self.latest.get_or_init(|| {
+            let mut latest: BTreeMap<NodeName, Manifest> = BTreeMap::new();
+            for fingerprint in self.fingerprints() {
+                // Settings of an older program may not parse; such an artifact explains nothing.
+                let Ok(manifest) = read_manifest(&self.path(&fingerprint)) else { continue };
+                match latest.get(&manifest.node) {
+                    Some(other) if other.sealed_ms >= manifest.sealed_ms => {}
+                    _ => drop(latest.insert(manifest.node.clone(), manifest)),
+                }
+            }
+            latest
+        })
+    }
+}
+
+impl Known for ArtifactStore {
+    fn is_sealed(&self, fingerprint: &Fingerprint) -> bool {
+        match self.manifest(fingerprint) {
+            Ok(_) => true,
+            Err(error) => {
+                if self.path(fingerprint).exists() {
+                    tracing::warn!(fingerprint = fingerprint.short(), %error, "an artifact does not verify");
+                }
+                false
+            }
+        }
+    }
+
+    fn latest(&self, node: &NodeName) -> Option<NodeRecord> {
+        // `sft@variant` of a sweep is compared with `sft` when the variant itself never ran.
+        let plain = node.0.rsplit_once('@').map(|(plain, _)| NodeName(plain.to_owned()));
+        let latest = self.latest_manifests();
+        let manifest = latest.get(node).or_else(|| latest.get(&plain?))?;
+        Some(NodeRecord {
+            fingerprint: manifest.fingerprint,
+            stage_kind: manifest.stage_kind,
+            code_version: manifest.code_version,
+            seed: manifest.seed,
+            settings: manifest.settings.clone(),
+            inputs: manifest.inputs.clone(),
+        })
+    }
+}
+
+fn read_manifest(folder: &Path) -> Result<Manifest, ArtifactError> {
+    let path = folder.join(MANIFEST_FILE);
+    let text = fs::read(&path).map_err(|source| ArtifactError::Io { path: path.clone(), source })?;
+    let manifest: Manifest = serde_json::from_slice(&text)
+        .map_err(|error| ArtifactError::Manifest { path: path.clone(), what: error.to_string() })?;
+    if manifest.version != MANIFEST_VERSION {
+        return Err(ArtifactError::Manifest { path, what: format!("version {}", manifest.version) });
+    }
+    Ok(manifest)
+}
+
+/// Turns the output folder of a job into the sealed artifact of `manifest`, whose list of files is filled in here.
+///
+/// Everything in `out` is hashed and synced, the manifest is written last, and one rename puts it in its place. A
+/// folder that lies there already can only be one that does not verify, and is moved aside.
+///
+/// # Errors
+/// When the output cannot be read or moved; it is left where it was.
+pub fn seal(layout: &Layout, out: &Path, mut manifest: Manifest) -> Result<Manifest, ArtifactError> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |source| ArtifactError::Io { path, source }
+    };
+    // A manifest from a seal that a crash cut short is no part of the result.
+    match fs::remove_file(out.join(MANIFEST_FILE)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at(out)(error)),
+        _ => {}
+    }
+    manifest.files.clear();
+    collect(out, "", &mut manifest.files)?;
+    manifest.files.sort_by(|a, b| a.path.cmp(&b.path));
+    let text = serde_json::to_vec_pretty(&manifest)
+        .map_err(|error| ArtifactError::Manifest { path: out.join(MANIFEST_FILE), what: error.to_string() })?;
+    super::external::write_atomically(&out.join(MANIFEST_FILE), &text).map_err(at(out))?;
+
+    let target = layout.artifact(&manifest.fingerprint);
+    let store = layout.store();
+    fs::create_dir_all(&store).map_err(at(&store))?;
+    if target.exists() {
+        let aside = store.join(format!("unverified-{}-{}", manifest.fingerprint.short(), manifest.sealed_ms));
+        fs::rename(&target, aside).map_err(at(&target))?;
+    }
+    fs::rename(out, &target).map_err(at(&target))?;
+    File::open(&store).and_then(|folder| folder.sync_all()).map_err(at(&store))?;
+    for file in &manifest.files {
+        make_read_only(&target.join(&file.path)).map_err(at(&target))?;
+    }
+    make_read_only(&target.join(MANIFEST_FILE)).map_err(at(&target))?;
+    Ok(manifest)
+}
+
+/// Hashes and syncs everything under `folder`.
+fn collect(folder: &Path, prefix: &str, files: &mut Vec<FileEntry>) -> Result<(), ArtifactError> {
+    let io = |source| ArtifactError::Io { path: folder.to_owned(), source };
+    for entry in fs::read_dir(folder).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let path = entry.path();
+        let kind = entry.file_type().map_err(io)?;
+        let name = entry.file_name().into_string().map_err(|_| ArtifactError::Special { path: path.clone() })?;
+        let name = format!("{prefix}{name}");
+        if kind.is_dir() {
+            collect(&path, &format!("{name}/"), files)?;
+        } else if kind.is_file() {
+            let entry = (|| {
+                let file = File::open(&path)?;
+                file.sync_all()?;
+                Ok(FileEntry { path: name, bytes: file.metadata()?.len(), blake3: hash_file(&path)? })
+            })();
+            files.push(entry.map_err(|source| ArtifactError::Io { path: path.clone(), source })?);
+        } else {
+            return Err(ArtifactError::Special { path });
+        }
+    }
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(io)
+}
+
+fn make_read_only(path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o444))
+}

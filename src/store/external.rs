@@ -1,0 +1,181 @@
+//! Hashes of files and folders outside the artifact store, remembered so that unchanged files are not read again.
+//!
+//! A file counts as unchanged when its size, modification time and inode are. Knows content, not which node reads it.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use serde::{Deserialize, Serialize};
+
+use crate::plan::ExternalFiles;
+
+const EXTERNAL_VERSION: u32 = 1;
+
+/// Hashes of external content, with their memory in `artifacts/state/external.json`.
+#[derive(Debug)]
+pub struct FileHashes {
+    root: PathBuf,
+    memory: PathBuf,
+    known: RefCell<Memory>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Memory {
+    version: u32,
+    files: BTreeMap<PathBuf, Remembered>,
+    #[serde(skip)]
+    is_changed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Remembered {
+    bytes: u64,
+    modified_ns: u64,
+    inode: u64,
+    blake3: String,
+}
+
+impl FileHashes {
+    /// Returns hashes of paths relative to `root`, with their memory at `memory`; a damaged memory is forgotten.
+    pub fn open(root: PathBuf, memory: PathBuf) -> Self {
+        let known = std::fs::read(&memory)
+            .ok()
+            .and_then(|text| serde_json::from_slice::<Memory>(&text).ok())
+            .filter(|known| known.version == EXTERNAL_VERSION)
+            .unwrap_or_default();
+        Self { root, memory, known: RefCell::new(known) }
+    }
+
+    /// Returns the hash of a file, reading it only when it seems to have changed.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn file_hash(&self, path: &Path) -> io::Result<String> {
+        let metadata = std::fs::metadata(path)?;
+        let modified_ns = metadata.modified()?.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+        let (bytes, inode) = (metadata.len(), inode(&metadata));
+        if let Some(known) = self.known.borrow().files.get(path)
+            && (known.bytes, known.modified_ns, known.inode) == (bytes, modified_ns, inode)
+        {
+            return Ok(known.blake3.clone());
+        }
+        let blake3 = hash_file(path)?;
+        let mut known = self.known.borrow_mut();
+        known.files.insert(path.to_owned(), Remembered { bytes, modified_ns, inode, blake3: blake3.clone() });
+        known.is_changed = true;
+        Ok(blake3)
+    }
+
+    /// Writes what was learnt; without this the next run reads the files again.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn save(&self) -> io::Result<()> {
+        let mut known = self.known.borrow_mut();
+        if !known.is_changed {
+            return Ok(());
+        }
+        known.version = EXTERNAL_VERSION;
+        write_atomically(&self.memory, &serde_json::to_vec(&*known)?)?;
+        known.is_changed = false;
+        Ok(())
+    }
+
+    /// Hashes a file by content, a folder by the names and hashes of everything in it.
+    fn hash_path(&self, path: &Path) -> io::Result<String> {
+        if !std::fs::metadata(path)?.is_dir() {
+            return self.file_hash(path);
+        }
+        let mut names: Vec<_> =
+            std::fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.file_name())).collect::<Result<_, _>>()?;
+        names.sort();
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(b"folder");
+        for name in names {
+            let hash = self.hash_path(&path.join(&name))?;
+            let name = name.to_string_lossy();
+            hasher.update(&(name.len() as u64).to_le_bytes());
+            hasher.update(name.as_bytes());
+            hasher.update(hash.as_bytes());
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+}
+
+impl ExternalFiles for FileHashes {
+    fn content_hash(&self, path: &str) -> Option<String> {
+        let path = self.root.join(path);
+        match self.hash_path(&path) {
+            Ok(hash) => Some(hash),
+            Err(error) => {
+                tracing::debug!(path = %path.display(), %error, "external path cannot be read");
+                None
+            }
+        }
+    }
+}
+
+/// Returns the blake3 of a file's content.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn hash_file(path: &Path) -> io::Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    let mut file = std::fs::File::open(path)?;
+    // blake3 reads 64 KiB at a time into its own buffer.
+    hasher.update_reader(&mut file)?;
+    Ok(hasher.finalize().to_hex().to_string())
+}
+
+/// Writes a file so that a reader sees the old content or the new, and never half of it.
+///
+/// # Errors
+/// When the file system says no.
+pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
+    let folder = path.parent().ok_or_else(|| io::Error::other("the path has no folder"))?;
+    std::fs::create_dir_all(folder)?;
+    let mut file = tempfile::Builder::new().prefix(".new-").permissions(readable()).tempfile_in(folder)?;
+    file.write_all(content)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    super::journal::sync_parent(path)
+}
+
+/// Temporary files are private by default; what we keep may be read by a group.
+fn readable() -> std::fs::Permissions {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::Permissions::from_mode(0o644)
+}
+
+fn inode(metadata: &std::fs::Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::ino(metadata)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_decides_and_unchanged_files_are_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let memory = dir.path().join("state/external.json");
+        std::fs::create_dir(dir.path().join("set")).unwrap();
+        std::fs::write(dir.path().join("set/a.txt"), "one").unwrap();
+        let hashes = FileHashes::open(dir.path().to_owned(), memory.clone());
+        let before = hashes.content_hash("set").unwrap();
+        assert_eq!(hashes.content_hash("missing"), None);
+        hashes.save().unwrap();
+
+        let again = FileHashes::open(dir.path().to_owned(), memory);
+        assert_eq!(again.content_hash("set").unwrap(), before);
+        assert!(!again.known.borrow().is_changed, "nothing was read again");
+        std::fs::write(dir.path().join("set/a.txt"), "other").unwrap();
+        assert_ne!(again.content_hash("set").unwrap(), before);
+        std::fs::rename(dir.path().join("set/a.txt"), dir.path().join("set/b.txt")).unwrap();
+        std::fs::write(dir.path().join("set/b.txt"), "one").unwrap();
+        assert_ne!(again.content_hash("set").unwrap(), before, "a name is content of its folder");
+    }
+}

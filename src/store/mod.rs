@@ -1,0 +1,17 @@
+//! What is kept on disk between runs: journals, the resumable state, sealed artifacts, hashes of external files.
+//!
+//! Order of every transition: journal (synced), then state (flushed and synced), then act.
+
+pub mod artifacts;
+pub mod external;
+pub mod journal;
+pub mod layout;
+pub mod lock;
+pub mod recorder;
+pub mod runs;
+pub mod state;
+
+pub use artifacts::ArtifactStore;
+pub use external::FileHashes;
+pub use layout::Layout;
+pub use recorder::Recorder;

@@ -1,0 +1,484 @@
+//! The resumable state that `run` reads at its start: a sled database with a row per run and per node.
+//!
+//! sled is fast, but flushing it was measured to lose data at power loss unless its file is synced, and it can reopen
+//! empty, refuse to open, or panic on a damaged page. So the journals are the truth: every transaction carries the
+//! number of the journal line it stands for, the file is synced after it, and whatever does not agree with the
+//! journals at the next start is set aside and made again from them.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::panic::{self, AssertUnwindSafe};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use deepgen_contract::id::{Fingerprint, NodeName};
+use serde::{Deserialize, Serialize};
+use sled::Transactional;
+
+use super::journal::{self, JOURNAL_FILE, JournalError};
+use super::layout::Layout;
+use super::runs::{self, RunView};
+use crate::run::event::{NodeState, RunResult};
+
+/// Name of the database folder inside the state folder.
+pub const DB_DIR: &str = "db";
+/// sled's own log inside the database folder.
+const DB_FILE: &str = "db";
+const CACHE_BYTES: u64 = 16 * 1024 * 1024;
+
+/// State that cannot be opened or written.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The database said no.
+    #[error("the state in {path} cannot be used")]
+    Database {
+        /// The database folder.
+        path: PathBuf,
+        /// The reason.
+        source: sled::Error,
+    },
+    /// The database panicked.
+    #[error("the state in {path} is damaged: {what}")]
+    Panicked {
+        /// The database folder.
+        path: PathBuf,
+        /// The panic's message.
+        what: String,
+    },
+    /// A row cannot be read or written.
+    #[error("a row of the state in {path} is of another program")]
+    Row {
+        /// The database folder.
+        path: PathBuf,
+        /// The reason.
+        source: serde_json::Error,
+    },
+    /// A journal cannot be read, so that nothing is left to rebuild from.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The file system said no.
+    #[error("cannot read or write {path}")]
+    Io {
+        /// Where.
+        path: PathBuf,
+        /// The reason.
+        source: io::Error,
+    },
+}
+
+/// What the state holds of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRow {
+    /// Name of the pipeline or experiment.
+    pub pipeline: String,
+    /// Identity of its plan.
+    pub plan: String,
+    /// How it ended, if it did.
+    pub result: Option<RunResult>,
+    /// Number of the journal line that the row stands for.
+    pub last_seq: u64,
+}
+
+/// What the state holds of a node in a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct NodeRow {
+    /// Identity of its result.
+    pub fingerprint: Fingerprint,
+    /// Where it stands.
+    pub state: NodeState,
+    /// Attempts of the run that failed.
+    pub failures: u32,
+}
+
+/// The open database. Only the process that holds the artifacts folder's lock has one.
+#[derive(Debug)]
+pub struct State {
+    path: PathBuf,
+    db: sled::Db,
+    runs: sled::Tree,
+    nodes: sled::Tree,
+}
+
+/// What had to be done to the state at its opening, for a person.
+pub type Repairs = Vec<String>;
+
+impl State {
+    /// Opens the state, compares it with the journals, and makes again what is missing or damaged.
+    ///
+    /// # Errors
+    /// When the journals cannot be read, or a fresh database cannot be made.
+    pub fn open(layout: &Layout, now_ms: u64) -> Result<(Self, Repairs), StateError> {
+        let path = layout.state().join(DB_DIR);
+        let truth = journal_tails(layout)?;
+        let mut repairs = Vec::new();
+        let opened = guarded(&path, || Self::open_db(&path)).and_then(|state| {
+            let rows = guarded(&path, || state.run_rows())?;
+            guarded(&path, || state.all_nodes())?;
+            Ok((state, rows))
+        });
+        match opened {
+            Ok((state, rows)) => match compare(&rows, &truth) {
+                Agreement::Same => Ok((state, repairs)),
+                Agreement::Behind(late) => {
+                    for run in &late {
+                        state.rebuild_run(layout, run)?;
+                    }
+                    repairs.push(format!("brought the state of {} up to its journal", late.join(", ")));
+                    Ok((state, repairs))
+                }
+                Agreement::Broken(why) => {
+                    // Closing a damaged database may panic as opening it may.
+                    let _ = guarded(&path, || {
+                        drop(state);
+                        Ok(())
+                    });
+                    Self::rebuild(layout, now_ms, &why)
+                }
+            },
+            Err(error) => Self::rebuild(layout, now_ms, &chain(&error)),
+        }
+    }
+
+    /// Sets the database aside and makes it again from the journals.
+    ///
+    /// # Errors
+    /// As for [`State::open`].
+    pub fn rebuild(layout: &Layout, now_ms: u64, why: &str) -> Result<(Self, Repairs), StateError> {
+        let path = layout.state().join(DB_DIR);
+        let mut old = String::new();
+        if path.exists() {
+            let aside = layout.state().join(format!("{DB_DIR}.damaged-{now_ms}"));
+            fs::rename(&path, &aside).map_err(|source| StateError::Io { path: path.clone(), source })?;
+            old = format!("; the old one is in {}", aside.display());
+        }
+        let state = guarded(&path, || Self::open_db(&path))?;
+        let truth = journal_tails(layout)?;
+        for run in truth.keys() {
+            state.rebuild_run(layout, run)?;
+        }
+        Ok((state, vec![format!("rebuilt the state of {} runs from their journals ({why}){old}", truth.len())]))
+    }
+
+    /// Compares every row with the journals and returns what differs, changing nothing.
+    ///
+    /// # Errors
+    /// When the database or a journal cannot be read.
+    pub fn verify(layout: &Layout) -> Result<Vec<String>, StateError> {
+        let path = layout.state().join(DB_DIR);
+        let state = guarded(&path, || Self::open_db(&path))?;
+        let rows = guarded(&path, || state.run_rows())?;
+        let truth = journal_tails(layout)?;
+        let mut differences: Vec<String> = rows
+            .keys()
+            .filter(|run| !truth.contains_key(*run))
+            .map(|run| format!("{run} is in the state and has no journal"))
+            .collect();
+        for run in truth.keys() {
+            let view = RunView::read(&layout.run(run))?;
+            let nodes = view.nodes.keys().filter_map(|node| Some((node.clone(), node_row(&view, node)?)));
+            if rows.get(run) != Some(&run_row(&view)) {
+                differences.push(format!("{run} differs from its journal"));
+            }
+            if guarded(&path, || state.node_rows(run))? != nodes.collect() {
+                differences.push(format!("nodes of {run} differ from its journal"));
+            }
+        }
+        Ok(differences)
+    }
+
+    fn open_db(path: &Path) -> Result<Self, StateError> {
+        let error = |source| StateError::Database { path: path.to_owned(), source };
+        fs::create_dir_all(path).map_err(|source| StateError::Io { path: path.to_owned(), source })?;
+        // These options must stay as they are for databases that exist.
+        let db = sled::Config::new()
+            .path(path)
+            .cache_capacity(CACHE_BYTES)
+            .mode(sled::Mode::LowSpace)
+            .flush_every_ms(None)
+            .open()
+            .map_err(error)?;
+        let runs = db.open_tree("runs").map_err(error)?;
+        let nodes = db.open_tree("nodes").map_err(error)?;
+        Ok(Self { path: path.to_owned(), db, runs, nodes })
+    }
+
+    /// Writes the rows of one transition, or of a batch of them, and returns when they are on disk.
+    ///
+    /// # Errors
+    /// When the database cannot be written or is damaged.
+    pub fn apply(&self, run: &str, row: &RunRow, nodes: &[(NodeName, NodeRow)]) -> Result<(), StateError> {
+        let encode = |source| StateError::Row { path: self.path.clone(), source };
+        let row = serde_json::to_vec(row).map_err(encode)?;
+        let mut rows = Vec::with_capacity(nodes.len());
+        for (node, row) in nodes {
+            rows.push((node_key(run, node), serde_json::to_vec(row).map_err(encode)?));
+        }
+        guarded(&self.path, || {
+            let write = |(run_tree, node_tree): &(
+                sled::transaction::TransactionalTree,
+                sled::transaction::TransactionalTree,
+            )| {
+                run_tree.insert(run.as_bytes(), row.as_slice())?;
+                for (key, row) in &rows {
+                    node_tree.insert(key.as_slice(), row.as_slice())?;
+                }
+                Ok::<(), sled::transaction::ConflictableTransactionError<std::convert::Infallible>>(())
+            };
+            match (&self.runs, &self.nodes).transaction(write) {
+                Ok(()) => {}
+                Err(sled::transaction::TransactionError::Storage(source)) => return Err(self.database(source)),
+                Err(sled::transaction::TransactionError::Abort(never)) => match never {},
+            }
+            self.db.flush().map_err(|source| self.database(source))?;
+            let file = self.path.join(DB_FILE);
+            File::open(&file).and_then(|file| file.sync_all()).map_err(|source| StateError::Io { path: file, source })
+        })
+    }
+
+    /// Returns the rows of all runs.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn run_rows(&self) -> Result<BTreeMap<String, RunRow>, StateError> {
+        let mut rows = BTreeMap::new();
+        for entry in &self.runs {
+            let (key, value) = entry.map_err(|source| self.database(source))?;
+            rows.insert(String::from_utf8_lossy(&key).into_owned(), self.decode(&value)?);
+        }
+        Ok(rows)
+    }
+
+    /// Returns the rows of a run's nodes.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn node_rows(&self, run: &str) -> Result<BTreeMap<NodeName, NodeRow>, StateError> {
+        let prefix = node_key(run, &NodeName(String::new()));
+        let mut rows = BTreeMap::new();
+        for entry in self.nodes.scan_prefix(&prefix) {
+            let (key, value) = entry.map_err(|source| self.database(source))?;
+            let name = String::from_utf8_lossy(&key[prefix.len()..]).into_owned();
+            rows.insert(NodeName(name), self.decode(&value)?);
+        }
+        Ok(rows)
+    }
+
+    /// Reads every page once, so that damage shows at the start and not in the middle of a run.
+    fn all_nodes(&self) -> Result<(), StateError> {
+        for entry in &self.nodes {
+            let (_, value) = entry.map_err(|source| self.database(source))?;
+            self.decode::<NodeRow>(&value)?;
+        }
+        Ok(())
+    }
+
+    fn rebuild_run(&self, layout: &Layout, run: &str) -> Result<(), StateError> {
+        let view = RunView::read(&layout.run(run))?;
+        let rows = view.nodes.keys().filter_map(|node| Some((node.clone(), node_row(&view, node)?)));
+        self.apply(run, &run_row(&view), &rows.collect::<Vec<_>>())
+    }
+
+    fn decode<'a, T: Deserialize<'a>>(&self, value: &'a [u8]) -> Result<T, StateError> {
+        serde_json::from_slice(value).map_err(|source| StateError::Row { path: self.path.clone(), source })
+    }
+
+    fn database(&self, source: sled::Error) -> StateError {
+        StateError::Database { path: self.path.clone(), source }
+    }
+}
+
+/// Returns what the state holds of a run that looks like `view`.
+pub fn run_row(view: &RunView) -> RunRow {
+    RunRow { pipeline: view.pipeline.clone(), plan: view.plan.clone(), result: view.result, last_seq: view.last_seq }
+}
+
+/// Returns what the state holds of a node.
+pub fn node_row(view: &RunView, node: &NodeName) -> Option<NodeRow> {
+    let node = view.nodes.get(node)?;
+    Some(NodeRow { fingerprint: node.fingerprint, state: node.state.clone(), failures: node.failures })
+}
+
+fn node_key(run: &str, node: &NodeName) -> Vec<u8> {
+    let mut key = run.as_bytes().to_vec();
+    key.push(0);
+    key.extend_from_slice(node.0.as_bytes());
+    key
+}
+
+/// Returns the last line's number of every journal; a journal without a complete line says nothing.
+fn journal_tails(layout: &Layout) -> Result<BTreeMap<String, u64>, StateError> {
+    let mut tails = BTreeMap::new();
+    for run in runs::list(layout) {
+        let seq = journal::last_seq(&layout.run(&run).join(JOURNAL_FILE))?;
+        if seq > 0 {
+            tails.insert(run, seq);
+        }
+    }
+    Ok(tails)
+}
+
+/// How state and journals compare.
+#[derive(Debug, PartialEq, Eq)]
+enum Agreement {
+    /// Nothing to do.
+    Same,
+    /// These runs lack their last lines: a crash between journal and state.
+    Behind(Vec<String>),
+    /// Something that no crash of this program explains.
+    Broken(String),
+}
+
+fn compare(rows: &BTreeMap<String, RunRow>, truth: &BTreeMap<String, u64>) -> Agreement {
+    if rows.is_empty() && truth.values().any(|seq| *seq > 1) {
+        return Agreement::Broken("it was empty though there are journals".into());
+    }
+    let ahead = rows.iter().find(|(run, row)| truth.get(*run).is_some_and(|seq| row.last_seq > *seq));
+    if let Some((run, row)) = ahead {
+        return Agreement::Broken(format!("it was at line {} of {run}, whose journal ends before", row.last_seq));
+    }
+    let late = |(run, seq): (&String, &u64)| rows.get(run).is_none_or(|row| row.last_seq < *seq).then(|| run.clone());
+    let late: Vec<String> = truth.iter().filter_map(late).collect();
+    if late.is_empty() { Agreement::Same } else { Agreement::Behind(late) }
+}
+
+/// Runs `action` and turns a panic of the database into an error, without its message on standard error.
+fn guarded<T>(path: &Path, action: impl FnOnce() -> Result<T, StateError>) -> Result<T, StateError> {
+    // The panic hook belongs to the process; one caller at a time changes it.
+    static HOOK: Mutex<()> = Mutex::new(());
+    let _turn = HOOK.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let result = panic::catch_unwind(AssertUnwindSafe(action));
+    panic::set_hook(hook);
+    result.unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        let what = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("it panicked").to_owned();
+        Err(StateError::Panicked { path: path.to_owned(), what })
+    })
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::run::event::{Origin, RunEvent};
+    use crate::store::recorder::Recorder;
+
+    /// Makes a run with one finished node and returns its layout.
+    fn project() -> (tempfile::TempDir, Layout) {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path().to_owned());
+        let (state, repairs) = State::open(&layout, 1).unwrap();
+        assert_eq!(repairs, Vec::<String>::new());
+        let mut recorder = Recorder::open(&layout, "r1", state).unwrap();
+        let node = RunEvent::Node {
+            node: NodeName("a".into()),
+            fingerprint: Fingerprint([7; 32]),
+            state: NodeState::Done { origin: Origin::Cached },
+        };
+        recorder.record(&[started()], 1).unwrap();
+        recorder.record(&[node], 2).unwrap();
+        (dir, layout)
+    }
+
+    fn started() -> RunEvent {
+        RunEvent::RunStarted {
+            run: "r1".into(),
+            pipeline: "p".into(),
+            profile: "tiny".into(),
+            seed: 1,
+            plan: "x".into(),
+            command: vec![],
+            pid: 1,
+            host: "h".into(),
+        }
+    }
+
+    fn assert_holds_the_run(layout: &Layout, expected_repair: Option<&str>) {
+        let (state, repairs) = State::open(layout, 99).unwrap();
+        match expected_repair {
+            Some(text) => assert!(repairs.len() == 1 && repairs[0].contains(text), "{repairs:?}"),
+            None => assert!(repairs.is_empty(), "{repairs:?}"),
+        }
+        let row = &state.run_rows().unwrap()["r1"];
+        assert_eq!((row.last_seq, row.plan.as_str()), (2, "x"));
+        let node = &state.node_rows("r1").unwrap()[&NodeName("a".into())];
+        assert_eq!(node.state, NodeState::Done { origin: Origin::Cached });
+    }
+
+    #[test]
+    fn the_state_reopens_as_it_was() {
+        let (_dir, layout) = project();
+        assert_eq!(State::verify(&layout).unwrap(), Vec::<String>::new());
+        assert_holds_the_run(&layout, None);
+    }
+
+    #[test]
+    fn a_missing_database_is_rebuilt_from_the_journals() {
+        let (_dir, layout) = project();
+        fs::remove_dir_all(layout.state().join(DB_DIR)).unwrap();
+        assert_holds_the_run(&layout, Some("empty though there are journals"));
+    }
+
+    #[test]
+    fn garbage_in_the_database_is_set_aside() {
+        let (_dir, layout) = project();
+        for entry in fs::read_dir(layout.state().join(DB_DIR)).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_file() {
+                fs::write(path, [0xA5; 700]).unwrap();
+            }
+        }
+        assert_holds_the_run(&layout, Some("rebuilt the state of 1 runs"));
+        assert_holds_the_run(&layout, None);
+    }
+
+    #[test]
+    fn damaged_bytes_anywhere_never_stop_the_next_run() {
+        let (_dir, layout) = project();
+        let file = layout.state().join(DB_DIR).join(DB_FILE);
+        let whole = fs::read(&file).unwrap();
+        for step in 0..12 {
+            let mut damaged = whole.clone();
+            let at = step * 61 % damaged.len();
+            damaged[at..].iter_mut().take(16).for_each(|byte| *byte ^= 0xFF);
+            fs::write(&file, damaged).unwrap();
+            let (state, _) = State::open(&layout, 100 + step as u64).unwrap();
+            assert_eq!(state.run_rows().unwrap()["r1"].last_seq, 2, "damage at byte {at}");
+            drop(state);
+            fs::write(&file, &whole).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_state_behind_its_journal_is_brought_up() {
+        let (_dir, layout) = project();
+        let mut journal = journal::Journal::open(&layout.run("r1").join(JOURNAL_FILE)).unwrap();
+        journal.append(&[RunEvent::RunFinished { result: RunResult::Done }], 5).unwrap();
+        assert_eq!(State::verify(&layout).unwrap(), ["r1 differs from its journal"]);
+        let (state, repairs) = State::open(&layout, 9).unwrap();
+        assert!(repairs[0].contains("up to its journal"), "{repairs:?}");
+        assert_eq!(state.run_rows().unwrap()["r1"].result, Some(RunResult::Done));
+    }
+
+    #[test]
+    fn a_state_ahead_of_its_journal_is_set_aside() {
+        let (_dir, layout) = project();
+        let journal = layout.run("r1").join(JOURNAL_FILE);
+        let text = fs::read_to_string(&journal).unwrap();
+        fs::write(&journal, text.lines().take(1).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+        let (state, repairs) = State::open(&layout, 9).unwrap();
+        assert!(repairs[0].contains("ends before"), "{repairs:?}");
+        assert_eq!(state.run_rows().unwrap()["r1"].last_seq, 1);
+    }
+}
