@@ -358,7 +358,9 @@ impl VisionConfig {
 
     /// Returns the vision tokens of an image of `height` x `width` pixels (before `input_scale`).
     pub fn num_tokens(&self, height: usize, width: usize) -> usize {
-        let side = |pixels: usize| pixels * self.input_scale[0] / self.input_scale[1] / (self.patch_size * self.spatial_merge_size);
+        let side = |pixels: usize| {
+            pixels * self.input_scale[0] / self.input_scale[1] / (self.patch_size * self.spatial_merge_size)
+        };
         side(height) * side(width)
     }
 }
@@ -409,9 +411,8 @@ impl VaeConfig {
     pub fn num_elements(&self) -> u64 {
         let conv = |i: usize, o: usize| (i * o * 9 + o) as u64;
         let norm = |c: usize| 2 * c as u64;
-        let resnet = |i: usize, o: usize| {
-            norm(i) + conv(i, o) + norm(o) + conv(o, o) + if i == o { 0 } else { linear(i, o) }
-        };
+        let resnet =
+            |i: usize, o: usize| norm(i) + conv(i, o) + norm(o) + conv(o, o) + if i == o { 0 } else { linear(i, o) };
         let widths = &self.block_out_channels;
         let (first, last) = (widths[0], widths[widths.len() - 1]);
         let middle = 2 * resnet(last, last) + norm(last) + 4 * linear(last, last);

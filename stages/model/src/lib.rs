@@ -4,28 +4,28 @@
 //! without autodiff) is a value that tensors carry; no function here is generic over a backend.
 
 pub mod attention;
+pub mod bridge;
 pub mod conditioner;
 #[cfg(feature = "flex")]
 mod cpu;
+pub mod deepgen;
 pub mod dit;
 pub mod dit_block;
 pub mod embed;
 pub mod flow;
 pub mod fused;
 pub mod init;
-pub mod nn;
-pub mod random;
-pub mod sampler;
-pub mod vae;
-pub mod rope;
-pub mod vision;
 pub mod language;
-pub mod vlm;
 pub mod lora;
-pub mod bridge;
-pub mod trainable;
+pub mod nn;
 pub mod parts;
-pub mod deepgen;
+pub mod random;
+pub mod rope;
+pub mod sampler;
+pub mod trainable;
+pub mod vae;
+pub mod vision;
+pub mod vlm;
 pub mod weights;
 
 pub use burn::tensor::Device;

@@ -2,7 +2,9 @@
 //!
 //! A caption says only part of what its scene shows; the rest is drawn by chance, as in real data.
 
-use deepgen_contract::shapes::{Cell, Colour, Object, Placement, PromptKind, Relation, Scene, Shape, ShapesWorld, Word};
+use deepgen_contract::shapes::{
+    Cell, Colour, Object, Placement, PromptKind, Relation, Scene, Shape, ShapesWorld, Word,
+};
 
 use super::draw::Draw;
 use super::parse::expectation_of;
