@@ -1,0 +1,170 @@
+//! The frame around every stage: reads `job.json`, opens the device, runs the stage, writes `outcome.json`.
+//!
+//! Knows the job directory, no stage's work. A panic, a signal and an error all end in an outcome that says what happened.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use deepgen_contract::artifact::ArtifactKind;
+use deepgen_contract::event::WorkerEventKind;
+use deepgen_contract::job::{
+    CHECKPOINTS_DIR, FailureCause, JOB_FILE, JOB_VERSION, JobInput, JobSpec, METRICS_FILE, OUT_DIR, OUTCOME_FILE,
+    Outcome,
+};
+use deepgen_contract::settings::Settings;
+use deepgen_model::Device;
+
+use crate::emit::{Emitter, Metrics};
+use crate::error::{JobError, JobResult, OrFail};
+use crate::{files, stages};
+
+/// What a stage hands back.
+pub enum JobEnd {
+    /// The result is complete.
+    Done(JobReport),
+    /// A stop was asked for; a checkpoint of this step was written.
+    Stopped(u64),
+}
+
+/// Final numbers and remarks of a finished stage.
+#[derive(Debug, Default)]
+pub struct JobReport {
+    /// Named `group/name`.
+    pub metrics: Metrics,
+    /// Remarks for the report.
+    pub notes: Vec<String>,
+}
+
+/// What a stage works with.
+pub struct JobContext {
+    /// The job.
+    pub spec: JobSpec,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// Where it reports.
+    pub emitter: Emitter,
+    /// What it computes on, without autodiff.
+    pub device: Device,
+    stop: Arc<AtomicBool>,
+}
+
+impl JobContext {
+    /// Returns the folder that becomes the artifact.
+    pub fn out(&self) -> PathBuf {
+        self.dir.join(OUT_DIR)
+    }
+
+    /// Returns the folder for checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.dir.join(CHECKPOINTS_DIR)
+    }
+
+    /// Returns the input wired to `port`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn input(&self, port: &str) -> JobResult<&JobInput> {
+        self.spec
+            .inputs
+            .get(port)
+            .ok_or_else(|| JobError::input(format!("node {} has no input `{port}`", self.spec.node)))
+    }
+
+    /// Returns the folder of the input wired to `port`, which must hold `kind`.
+    ///
+    /// # Errors
+    /// When there is none or it holds something else.
+    pub fn input_path(&self, port: &str, kind: ArtifactKind) -> JobResult<PathBuf> {
+        let input = self.input(port)?;
+        if input.kind != kind {
+            return Err(JobError::input(format!("input `{port}` holds {}, not {kind}", input.kind)));
+        }
+        Ok(input.path.clone())
+    }
+
+    /// Returns the path that a setting names, relative to the project's root.
+    pub fn resolve(&self, path: &str) -> PathBuf {
+        self.spec.project_root.join(path)
+    }
+
+    /// Returns true once a stop was asked for.
+    pub fn is_stop_requested(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}
+
+/// Runs the job in `dir` and writes its outcome.
+///
+/// # Errors
+/// When even the outcome cannot be written, or `job.json` cannot be read.
+pub fn run(dir: &Path) -> anyhow::Result<Outcome> {
+    let dir = dir.canonicalize().map_err(|error| anyhow::anyhow!("job directory {}: {error}", dir.display()))?;
+    let path = dir.join(JOB_FILE);
+    let text = fs::read_to_string(&path).map_err(|error| anyhow::anyhow!("read {}: {error}", path.display()))?;
+    let spec: JobSpec = serde_json::from_str(&text).map_err(|error| anyhow::anyhow!("{}: {error}", path.display()))?;
+    anyhow::ensure!(spec.version == JOB_VERSION, "{}: version {} is not {JOB_VERSION}", path.display(), spec.version);
+    let started = Instant::now();
+    // Inside the pool an operation starts on this thread instead of being handed over.
+    let job = || deepgen_model::in_thread_pool(|| execute(spec, &dir));
+    let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
+    let outcome = match ended {
+        Ok(Ok(JobEnd::Done(report))) => {
+            Outcome::Done { metrics: report.metrics, notes: report.notes, seconds: started.elapsed().as_secs_f64() }
+        }
+        Ok(Ok(JobEnd::Stopped(step))) => Outcome::Stopped { step },
+        Ok(Err(error)) => Outcome::Failed { cause: error.cause, message: error.message },
+        Err(panic) => Outcome::Failed { cause: FailureCause::Internal, message: panic_message(panic.as_ref()) },
+    };
+    files::write_json(&dir.join(OUTCOME_FILE), &outcome)?;
+    Ok(outcome)
+}
+
+fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::flag::register(signal, Arc::clone(&stop)).or_io(|| "register a signal handler")?;
+    }
+    let mut emitter = Emitter::open(dir)?;
+    let device = crate::device::open(&spec.device)?;
+    emitter.emit(WorkerEventKind::Started { pid: std::process::id(), device: spec.device.clone() });
+    let out = dir.join(OUT_DIR);
+    if out.exists() {
+        fs::remove_dir_all(&out).or_io(|| format!("clear {}", out.display()))?;
+    }
+    fs::create_dir_all(&out).or_io(|| format!("create {}", out.display()))?;
+    let settings = spec.settings.clone();
+    let mut context = JobContext { spec, dir: dir.to_owned(), emitter, device, stop };
+    let end = match &settings {
+        Settings::Import(settings) => stages::import::run(settings, &mut context),
+        Settings::Prepare(settings) => stages::prepare::run(settings, &mut context),
+        Settings::Mix(settings) => stages::mix::run(settings, &mut context),
+        Settings::Train(settings) => stages::train::run(settings, &mut context),
+        Settings::Rl(settings) => stages::mrgrpo::run(settings, &mut context),
+        Settings::Handoff(settings) => stages::handoff::run(settings, &mut context),
+        Settings::Generate(settings) => stages::generate::run(settings, &mut context),
+        Settings::Score(settings) => stages::score::run(settings, &mut context),
+        Settings::BaseTokenizer(settings) => stages::base_tokenizer::run(settings, &mut context),
+        Settings::BaseVae(settings) => stages::base_vae::run(settings, &mut context),
+        Settings::BaseVlm(settings) => stages::base_vlm::run(settings, &mut context),
+        Settings::BaseDit(settings) => stages::base_dit::run(settings, &mut context),
+        Settings::Assemble(settings) => stages::assemble::run(settings, &mut context),
+    }?;
+    let lines = context.emitter.metric_lines();
+    if !lines.is_empty() {
+        files::write_text(&context.out().join(METRICS_FILE), &(lines.join("\n") + "\n"))
+            .or_io(|| format!("write {METRICS_FILE}"))?;
+    }
+    Ok(end)
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .map(|text| (*text).to_owned())
+        .or_else(|| panic.downcast_ref::<String>().cloned())
+        .unwrap_or_else(|| "no message".into());
+    format!("the worker panicked: {text}; stderr.log holds the place")
+}

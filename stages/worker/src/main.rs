@@ -1,0 +1,71 @@
+//! `deepgen-worker JOB_DIR`: runs one job directory to its outcome. `deepgen-worker hash DIR`: prints a folder's blake3.
+//!
+//! The one binary with Burn in it; knows no pipeline. The orchestrator starts it, and so can a person with a shell.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use deepgen_contract::job::Outcome;
+
+mod advantage;
+mod base_folder;
+mod checkpoint;
+mod device;
+mod emit;
+mod error;
+mod feed;
+mod files;
+mod fit;
+mod flow_step;
+mod items;
+mod job;
+mod model_folder;
+mod objective;
+mod optimize;
+mod padded_ids;
+mod rewards;
+mod rollout;
+mod sampling;
+mod scene_heads;
+mod stages;
+mod warm_start;
+
+const USAGE: &str = "usage: deepgen-worker JOB_DIR    run the job described by JOB_DIR/job.json
+       deepgen-worker hash DIR   print the blake3 over a folder's files";
+
+fn main() -> ExitCode {
+    // SAFETY: no other thread runs yet. Burn's default device prefers CUDA and panics on a machine without one.
+    unsafe { std::env::set_var("BURN_DEVICE", "flex") };
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .init();
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let result = match arguments.as_slice() {
+        [verb, folder] if verb == "hash" => print_hash(Path::new(folder)),
+        [folder] => run_job(Path::new(folder)),
+        _ => {
+            eprintln!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::from(2)
+    })
+}
+
+fn print_hash(folder: &Path) -> anyhow::Result<ExitCode> {
+    println!("{}", files::hash_folder(folder)?);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_job(folder: &Path) -> anyhow::Result<ExitCode> {
+    Ok(match job::run(folder)? {
+        Outcome::Done { .. } | Outcome::Stopped { .. } => ExitCode::SUCCESS,
+        Outcome::Failed { message, .. } => {
+            eprintln!("error: {message}");
+            ExitCode::FAILURE
+        }
+    })
+}

@@ -1,0 +1,116 @@
+//! Conditions to images: the guided Euler sampler over the model, with one noise per image.
+//!
+//! Knows DiT and autoencoder, neither who makes the conditions nor what the images are for. Image `i` depends on its own noise seed and prompt only, as far as padding allows.
+
+use burn::tensor::TensorData;
+use deepgen_contract::model::BaseModelConfig;
+use deepgen_model::bridge::Condition;
+use deepgen_model::deepgen::DeepGen;
+use deepgen_model::dit::{self, Dit};
+use deepgen_model::random::Stream;
+use deepgen_model::sampler::{Guided, euler, sigmas, to_bytes};
+use deepgen_model::vae::Vae;
+use deepgen_model::{Device, Tensor};
+use image::RgbImage;
+
+use crate::error::{JobError, JobResult};
+
+/// How images are drawn.
+#[derive(Debug, Clone, Copy)]
+pub struct Sampling {
+    /// Euler steps.
+    pub steps: usize,
+    /// Guidance scale; at most 1 is a single conditional pass.
+    pub guidance: f64,
+    /// Height in pixels.
+    pub height: usize,
+    /// Width in pixels.
+    pub width: usize,
+}
+
+impl Sampling {
+    /// Returns true when negative conditions are needed.
+    pub fn is_guided(&self) -> bool {
+        self.guidance > 1.0
+    }
+}
+
+/// The parts of a model that turn conditions into images.
+#[derive(Clone, Copy)]
+pub struct Drawer<'a> {
+    /// Predicts velocities.
+    pub dit: &'a Dit,
+    /// Latents to images.
+    pub vae: &'a Vae,
+    /// Their sizes, and the schedule's shift.
+    pub base: &'a BaseModelConfig,
+}
+
+impl<'a> From<&'a DeepGen> for Drawer<'a> {
+    fn from(model: &'a DeepGen) -> Self {
+        Self { dit: &model.dit, vae: &model.vae, base: &model.spec().base }
+    }
+}
+
+/// Returns one initial noise per name, `[names, c, h, w]`.
+pub fn initial_noise(
+    base: &BaseModelConfig,
+    sampling: &Sampling,
+    seed: u64,
+    names: &[String],
+    device: &Device,
+) -> Tensor<4> {
+    let vae = &base.vae;
+    let [c, h, w] = [vae.latent_channels, sampling.height / vae.downscale(), sampling.width / vae.downscale()];
+    let values: Vec<f32> =
+        names.iter().flat_map(|name| Stream::new(seed, &format!("image/{name}")).normals(c * h * w, 1.0)).collect();
+    Tensor::from_data(TensorData::new(values, [names.len(), c, h, w]), device)
+}
+
+/// Draws images from `noise` under `condition`, whose rows are the negative ones and then the positive ones when
+/// guidance is on; `references` have one row per image.
+///
+/// # Errors
+/// When the decoded images do not have the size asked for.
+pub fn draw(
+    drawer: Drawer<'_>,
+    sampling: &Sampling,
+    condition: &Condition,
+    references: &[Tensor<4>],
+    noise: Tensor<4>,
+) -> JobResult<Vec<RgbImage>> {
+    let levels = sigmas(sampling.steps, drawer.base.scheduler_shift);
+    let doubled: Vec<Tensor<4>> = match sampling.is_guided() {
+        true => references.iter().map(|latent| Tensor::cat(vec![latent.clone(), latent.clone()], 0)).collect(),
+        false => references.to_vec(),
+    };
+    let field = |latents: Tensor<4>, timestep: f64| {
+        let rows = latents.dims()[0];
+        let condition = dit::Condition {
+            timestep_b: Tensor::full([rows], timestep, &latents.device()),
+            text_btc: condition.sequence.clone(),
+            pooled_bc: condition.pooled.clone(),
+        };
+        drawer.dit.forward(latents, &condition, &doubled)
+    };
+    let latents = match sampling.is_guided() {
+        true => euler(&Guided { field, scale: sampling.guidance }, noise, &levels),
+        false => euler(&field, noise, &levels),
+    };
+    decode(drawer.vae, latents)
+}
+
+/// Decodes latents to images.
+///
+/// # Errors
+/// When the bytes do not make up images: a broken invariant.
+pub fn decode(vae: &Vae, latents: Tensor<4>) -> JobResult<Vec<RgbImage>> {
+    let pixels = vae.from_latents(latents);
+    let [count, _, height, width] = pixels.dims();
+    let bytes = to_bytes(pixels);
+    let images: Option<Vec<RgbImage>> = bytes
+        .chunks(height * width * 3)
+        .map(|image| RgbImage::from_raw(width as u32, height as u32, image.to_vec()))
+        .collect();
+    images.filter(|images| images.len() == count).ok_or_else(|| JobError::internal("decoded bytes make up no images"))
+}

@@ -1,0 +1,382 @@
+//! `rl`: MR-GRPO, stage 3 (docs/spec/rl.md). One iteration: roll out groups, score them, normalise each reward within its
+//! group, update the DiT at some of the denoising steps, and once on an auxiliary flow-matching batch.
+//!
+//! Departures from the release, all of them settings or listed there: `old_logp_dtype` defaults to f32; prompts never
+//! repeat their sequence; every random draw is a function of the seed and the iteration, so that a resume is exact.
+
+use std::collections::BTreeSet;
+
+use burn::module::Module;
+use burn::tensor::{FloatDType, TensorData};
+use deepgen_contract::artifact::ArtifactKind;
+use deepgen_contract::rl::{RlSettings, RolloutSettings, UpdateGranularity};
+use deepgen_contract::train::{FloatKind, OnNonFinite};
+use deepgen_data::batch::Loader;
+use deepgen_data::mixture::Mixture;
+use deepgen_data::prompt::encode_text_to_image;
+use deepgen_data::sample::{SetKind, Task};
+use deepgen_data::stream::{ItemRef, Shard};
+use deepgen_data::tokenizer::Tokenizer;
+use deepgen_model::deepgen::DeepGen;
+use deepgen_model::flow::TrainingTable;
+use deepgen_model::random::Stream;
+use deepgen_model::vlm::PromptBatch;
+use deepgen_model::weights::WeightFile;
+use deepgen_model::{Device, Tensor, trainable};
+
+use crate::advantage::RewardTable;
+use crate::checkpoint::NamedTensors;
+use crate::emit::Metrics;
+use crate::error::{JobResult, OrFail};
+use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
+use crate::flow_step::{FlowStep, Sigmas};
+use crate::job::{JobContext, JobEnd, JobReport};
+use crate::model_folder;
+use crate::objective::{Prediction, policy_loss};
+use crate::optimize::{self, AdamW, GradientSum, schedule_factor};
+use crate::rewards::{Rewards, WeightedPrompt};
+use crate::rollout::{Rollout, roll_out, velocity};
+use crate::sampling::{Sampling, draw, initial_noise};
+
+/// Name prefix of trained parameters in a checkpoint.
+const PREFIX: &str = "trained.";
+/// Images of an evaluation batch.
+const EVALUATION_BATCH: usize = 48;
+
+/// Trains and writes the checkpoint artifact.
+///
+/// # Errors
+/// When inputs and settings do not fit together, a reward fails, or a loss is not finite.
+pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd> {
+    let mut notes = Vec::new();
+    let mut trainer = RlTrainer::open(settings, context, &mut notes)?;
+    let plan = FitPlan {
+        total: settings.policy.iterations,
+        unit: "iterations",
+        boundary: 1,
+        log_every: 1,
+        validate_every: settings.evaluation.every,
+        checkpoint: settings.checkpoint.clone(),
+    };
+    if let FitEnd::Stopped(step) = fit(&mut trainer, &plan, context)? {
+        return Ok(JobEnd::Stopped(step));
+    }
+    let metrics = trainer.validate(plan.total, context)?;
+    model_folder::write_checkpoint(trainer.model(), &context.out())?;
+    notes.push(format!("{} updates of the optimiser", trainer.optimizer.updates()));
+    Ok(JobEnd::Done(JobReport { metrics, notes }))
+}
+
+struct RlTrainer {
+    model: Option<DeepGen>,
+    /// The policy as it was before the first update; never changed (docs/spec/rl.md section 8).
+    reference: DeepGen,
+    optimizer: AdamW,
+    prompts: Mixture,
+    tokenizer: Tokenizer,
+    rewards: Rewards,
+    auxiliary: Option<Loader>,
+    flow: FlowStep,
+    settings: RlSettings,
+    seed: u64,
+    plain: Device,
+}
+
+impl RlTrainer {
+    fn open(settings: &RlSettings, context: &mut JobContext, notes: &mut Vec<String>) -> JobResult<Self> {
+        let seed = context.spec.seed;
+        let plain = context.device.clone();
+        let device = plain.clone().autodiff();
+        let weights = context.input_path("weights", ArtifactKind::Weights)?;
+        let parts = model_folder::load_parts(&weights, &device)?;
+        let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?;
+        let (model, trained) = trainable::select(model, &settings.trainable).or_input(|| "`trainable`")?;
+        notes.push(format!("{} parameters in {} tensors train", trained.num_elements, trained.names.len()));
+
+        let prompts = Mixture::open(&context.input_path("prompts", ArtifactKind::Mixture)?)
+            .and_then(|mixture| mixture.hold_out_per_member(settings.evaluation.num_prompts as u64))
+            .or_input(|| "the prompts")?;
+        let members = &prompts.description().members;
+        let wanted: BTreeSet<String> = members.iter().flat_map(|member| member.rewards.keys().cloned()).collect();
+        let rewards = Rewards::new(&settings.rewards, &wanted)?;
+        let auxiliary = match context.spec.inputs.contains_key("data") && settings.sft.coef > 0.0 {
+            false => None,
+            true => Some(Loader {
+                mixture: Mixture::open(&context.input_path("data", ArtifactKind::Mixture)?).or_input(|| "the data")?,
+                tokenizer: model_folder::load_tokenizer(&weights)?,
+                image: settings.image.clone(),
+                vision: model.spec().base.vlm.vision.clone(),
+                caption_dropout: settings.sft.caption_dropout,
+            }),
+        };
+        if settings.policy.old_logp_dtype == FloatKind::Bf16 {
+            notes.push("old log-probabilities are rounded to bf16, as in the release".into());
+        }
+        notes.push(match settings.policy.update_granularity {
+            UpdateGranularity::PerBackward => "the optimiser steps after every backward pass, as in the release".into(),
+            UpdateGranularity::PerIteration => "the optimiser steps once an iteration".into(),
+        });
+        Ok(Self {
+            reference: model.clone().valid(),
+            flow: FlowStep {
+                table: TrainingTable::new(model.spec().base.scheduler_shift),
+                sigma_dtype: settings.sft.sigma_dtype,
+                seed,
+                device,
+            },
+            model: Some(model),
+            optimizer: AdamW::new(&settings.optimizer),
+            tokenizer: model_folder::load_tokenizer(&weights)?,
+            prompts,
+            rewards,
+            auxiliary,
+            settings: settings.clone(),
+            seed,
+            plain,
+        })
+    }
+
+    fn model(&self) -> &DeepGen {
+        self.model.as_ref().expect("a step leaves the weights in place")
+    }
+
+    fn weighted_prompts(&self, items: &[ItemRef]) -> JobResult<Vec<WeightedPrompt>> {
+        items
+            .iter()
+            .map(|&item| {
+                let prompt = self.prompts.prompt(item).or_io(|| "read a prompt")?;
+                let weights = self.prompts.description().members[prompt.member].rewards.clone();
+                Ok(WeightedPrompt { text: prompt.text, weights })
+            })
+            .collect()
+    }
+
+    fn prompt_batch<'a>(&self, texts: impl Iterator<Item = &'a str>) -> JobResult<PromptBatch> {
+        let ids = texts.map(|text| encode_text_to_image(&self.tokenizer, text).or_input(|| format!("encode {text:?}")));
+        Ok(PromptBatch::text(ids.collect::<JobResult<_>>()?))
+    }
+
+    /// Draws the denoising steps that are trained: without replacement, the last one excluded, in ascending order
+    /// (docs/spec/rl.md section 5).
+    fn trained_steps(&self, iteration: u64) -> Vec<usize> {
+        let steps = self.settings.rollout.steps;
+        let mut candidates: Vec<usize> = (0..steps.saturating_sub(1)).collect();
+        let wanted =
+            ((steps as f64 * self.settings.policy.timestep_fraction) as usize).clamp(1, candidates.len().max(1));
+        let mut draws = Stream::new(self.seed, &format!("rl/{iteration}/timesteps"));
+        let mut chosen: Vec<usize> = (0..wanted.min(candidates.len()))
+            .map(|_| candidates.swap_remove((draws.unit() * candidates.len() as f64) as usize))
+            .collect();
+        chosen.sort_unstable();
+        chosen
+    }
+
+    /// Adds gradients and, when every backward pass is an update, makes it.
+    fn absorb(&mut self, loss: Tensor<1>, sum: &mut GradientSum, total: u64, metrics: &mut Sums) -> JobResult<()> {
+        let model = self.model.take().expect("a step leaves the weights in place");
+        sum.add(&model, loss.backward(), 1.0);
+        self.model = Some(model);
+        if self.settings.policy.update_granularity == UpdateGranularity::PerBackward {
+            self.update(std::mem::take(sum), total, metrics)?;
+        }
+        Ok(())
+    }
+
+    fn update(&mut self, sum: GradientSum, total: u64, metrics: &mut Sums) -> JobResult<()> {
+        if sum.is_empty() {
+            return Ok(());
+        }
+        let optimizer = &self.settings.optimizer;
+        let lr = optimizer.lr * schedule_factor(&optimizer.schedule, self.optimizer.updates(), total);
+        let model = self.model.take().expect("a step leaves the weights in place");
+        let (model, norm) = self.optimizer.update(model, sum, lr)?;
+        self.model = Some(model);
+        metrics.add("train/grad_norm", norm);
+        metrics.add("train/lr", lr);
+        Ok(())
+    }
+
+    /// Makes the policy updates of an iteration.
+    fn improve(
+        &mut self,
+        iteration: u64,
+        rollout: &Rollout,
+        advantages: &[f32],
+        keys: &[String],
+        metrics: &mut Sums,
+        sum: &mut GradientSum,
+    ) -> JobResult<()> {
+        let policy = self.settings.policy.clone();
+        let chosen = self.trained_steps(iteration);
+        let total = policy.iterations * (chosen.len() as u64 + 1);
+        let weight = (1.0 - self.settings.sft.coef) / chosen.len() as f64;
+        let device = self.flow.device.clone();
+        let advantage = Tensor::<1>::from_data(TensorData::new(advantages.to_vec(), [advantages.len()]), &device);
+        let condition = lift(rollout);
+        for (order, &number) in chosen.iter().enumerate() {
+            let step = &rollout.steps[number];
+            let before = Tensor::from_inner(step.before.clone());
+            let v = velocity(self.model(), before.clone(), &step.transition, &condition);
+            let mean = step.transition.mean(before, v.clone());
+            let new_log_prob = step.transition.log_prob(Tensor::from_inner(step.after.clone()), mean.clone());
+            let old = match policy.old_logp_dtype {
+                FloatKind::F32 => step.log_prob.clone(),
+                FloatKind::Bf16 => step.log_prob.clone().cast(FloatDType::BF16).cast(FloatDType::F32),
+            };
+            let result = policy_loss(new_log_prob, Tensor::from_inner(old), advantage.clone(), policy.clip_range);
+            let ratios: Vec<f64> = result.ratio.into_data().iter::<f32>().map(f64::from).collect();
+            let off = ratios.iter().map(|ratio| (ratio - 1.0).abs()).sum::<f64>() / ratios.len() as f64;
+            let clipped = ratios.iter().filter(|ratio| (*ratio - 1.0).abs() > policy.clip_range).count();
+            metrics.add("rl/ratio_deviation", off);
+            metrics.add("rl/clipped_share", clipped as f64 / ratios.len() as f64);
+            if order == 0 {
+                // Before the first update the policy is the one that drew the images.
+                metrics.add("rl/first_ratio_deviation", off);
+            }
+            let mut loss = result.loss;
+            if policy.beta > 0.0 {
+                let reference_v = velocity(&self.reference, step.before.clone(), &step.transition, &rollout.condition);
+                let reference_mean = step.transition.mean(step.before.clone(), reference_v.clone());
+                let reference =
+                    Prediction { velocity: Tensor::from_inner(reference_v), mean: Tensor::from_inner(reference_mean) };
+                let kl = step.transition.kl(policy.kl, Prediction { velocity: v, mean }, reference);
+                metrics.add("rl/kl", scalar(kl.clone()));
+                loss = loss + kl.mul_scalar(policy.beta);
+            }
+            let value = scalar(loss.clone());
+            metrics.add("rl/policy_loss", value);
+            match ensure_finite_loss(iteration, "rl/policy_loss", value, keys) {
+                Ok(()) => self.absorb(loss.mul_scalar(weight), sum, total, metrics)?,
+                Err(error) if policy.on_non_finite == OnNonFinite::Stop => return Err(error),
+                Err(error) => tracing::warn!("left out: {error}"),
+            }
+        }
+        if let Some(loader) = &self.auxiliary
+            && iteration.is_multiple_of(self.settings.sft.every.max(1))
+        {
+            let batch = self.settings.sft.batch as u64;
+            let items = loader.mixture.items(SetKind::Generation, Shard::single(self.seed), iteration * batch, batch);
+            let items = items.or_input(|| "the auxiliary data")?;
+            let loaded = loader.load_items_with_dropout(Task::TextToImage, &items, self.seed, iteration);
+            let loaded = loaded.or_input(|| "load an auxiliary batch")?;
+            let loss = self.flow.loss(self.model(), &loaded, &format!("rl/{iteration}/sft"), &Sigmas::Drawn)?;
+            let value = scalar(loss.clone());
+            ensure_finite_loss(iteration, "train/loss_text2image", value, &loaded.keys)?;
+            metrics.add("train/loss_text2image", value);
+            self.absorb(loss.mul_scalar(self.settings.sft.coef), sum, total, metrics)?;
+        }
+        let rest = std::mem::take(sum);
+        self.update(rest, total, metrics)
+    }
+}
+
+impl Trainer for RlTrainer {
+    fn step(&mut self, iteration: u64, _context: &mut JobContext) -> JobResult<Metrics> {
+        let rollout_settings = self.settings.rollout.clone();
+        let count = rollout_settings.prompts as u64;
+        let items = self
+            .prompts
+            .items(SetKind::Prompts, Shard::single(self.seed), iteration * count, count)
+            .or_input(|| "the prompts")?;
+        let prompts = self.weighted_prompts(&items)?;
+        let batch = self.prompt_batch(prompts.iter().map(|prompt| prompt.text.as_str()))?;
+        let policy = self.model().clone().valid();
+        let condition = policy.condition(&batch).or_input(|| "read the prompts")?;
+        let draws = (self.seed, format!("rl/{iteration}"));
+        let rollout = roll_out(&policy, &rollout_settings, &condition, (draws.0, &draws.1), &self.plain)?;
+        let table = self.rewards.score(&prompts, &rollout.images, rollout_settings.group_size)?;
+        let policy_settings = &self.settings.policy;
+        let advantages = table.advantages(policy_settings.advantage, policy_settings.advantage_clip as f32);
+        let mut metrics = Sums::default();
+        self.report_rewards("reward", &table, &mut metrics);
+        let keys: Vec<String> = prompts.into_iter().map(|prompt| prompt.text).collect();
+        let mut sum = GradientSum::default();
+        self.improve(iteration, &rollout, &advantages, &keys, &mut metrics, &mut sum)?;
+        Ok(metrics.means())
+    }
+
+    /// Scores images of fixed prompts that are never trained on, drawn without transition noise and with guidance.
+    fn validate(&mut self, _step: u64, _context: &mut JobContext) -> JobResult<Metrics> {
+        let RolloutSettings { height, width, .. } = self.settings.rollout;
+        let evaluation = &self.settings.evaluation;
+        let sampling = Sampling { steps: evaluation.steps, guidance: evaluation.guidance, height, width };
+        let model = self.model().clone().valid();
+        let mut metrics = Sums::default();
+        for items in self.prompts.held_out(SetKind::Prompts).chunks(EVALUATION_BATCH) {
+            let prompts = self.weighted_prompts(items)?;
+            let positive = self.prompt_batch(prompts.iter().map(|prompt| prompt.text.as_str()))?;
+            let condition = if sampling.is_guided() {
+                let negative = self.prompt_batch(prompts.iter().map(|_| ""))?;
+                model.guidance_condition(negative, positive)
+            } else {
+                model.condition(&positive)
+            };
+            let condition = condition.or_input(|| "read the held-out prompts")?;
+            let names: Vec<String> = items.iter().map(|item| format!("rl/{}/{}", item.member, item.index)).collect();
+            let noise = initial_noise(&model.spec().base, &sampling, self.seed, &names, &self.plain);
+            let images = draw((&model).into(), &sampling, &condition, &[], noise)?;
+            let table = self.rewards.score(&prompts, &images, 1)?;
+            self.report_rewards("evaluation", &table, &mut metrics);
+        }
+        Ok(metrics.means())
+    }
+
+    fn tensors(&self) -> NamedTensors {
+        let weights = model_folder::trained(self.model()).into_iter();
+        let mut tensors: NamedTensors = weights.map(|(name, data)| (format!("{PREFIX}{name}"), data)).collect();
+        tensors.extend(self.optimizer.tensors());
+        tensors
+    }
+
+    fn restore(&mut self, file: &WeightFile) -> JobResult<()> {
+        let model = self.model.take().expect("a step leaves the weights in place");
+        self.model = Some(model_folder::lay_over(model, file, PREFIX)?);
+        self.optimizer.restore(file, optimize::PREFIX, &self.plain)
+    }
+}
+
+impl RlTrainer {
+    /// Adds the mean of every reward over the images whose prompts weigh it, and of the weighted total.
+    fn report_rewards(&self, group: &str, table: &RewardTable, metrics: &mut Sums) {
+        for (column, name) in self.rewards.names().enumerate() {
+            for (rewards, weights) in table.rewards.iter().zip(&table.weights) {
+                if weights[column] > 0.0 {
+                    metrics.add(&format!("{group}/{name}"), f64::from(rewards[column]));
+                }
+            }
+            if table.group_size > 1 {
+                metrics.add(&format!("rl/constant_groups_{name}"), f64::from(table.constant_groups(column)));
+            }
+        }
+        for image in 0..table.rewards.len() {
+            metrics.add(&format!("{group}/total"), f64::from(table.total(image)));
+        }
+    }
+}
+
+/// Sums and counts of named numbers.
+#[derive(Default)]
+struct Sums(std::collections::BTreeMap<String, (f64, f64)>);
+
+impl Sums {
+    fn add(&mut self, name: &str, value: f64) {
+        let entry = self.0.entry(name.to_owned()).or_default();
+        *entry = (entry.0 + value, entry.1 + 1.0);
+    }
+
+    fn means(self) -> Metrics {
+        self.0.into_iter().map(|(name, (sum, count))| (name, sum / count)).collect()
+    }
+}
+
+/// Returns the rollout's conditions as constants on the tape.
+fn lift(rollout: &Rollout) -> deepgen_model::bridge::Condition {
+    deepgen_model::bridge::Condition {
+        sequence: Tensor::from_inner(rollout.condition.sequence.clone()),
+        pooled: Tensor::from_inner(rollout.condition.pooled.clone()),
+    }
+}
+
+fn scalar(x: Tensor<1>) -> f64 {
+    f64::from(x.into_scalar::<f32>())
+}

@@ -1,0 +1,117 @@
+//! Warm start of the bridge: regression of its conditions on those of the base's own text encoder.
+//!
+//! Not in the paper, and off in its profile: in the shapes world, where stage 1 has minutes, it moves the bridge to where
+//! the frozen DiT can already read it. The last positions of the bridge's sequence are to equal the encoder's sequence, all
+//! earlier ones its last vector, the pooled condition its pooled vector; each error is divided by its target's variance.
+
+use burn::module::Module;
+use deepgen_contract::model::BaseModelConfig;
+use deepgen_contract::train::{OptimizerSettings, Schedule, WarmStartSettings};
+use deepgen_data::batch::Batch;
+use deepgen_data::tokenizer::Tokenizer;
+use deepgen_model::conditioner::Conditioner;
+use deepgen_model::deepgen::DeepGen;
+use deepgen_model::weights::WeightFile;
+use deepgen_model::{Device, Tensor};
+
+use crate::checkpoint::NamedTensors;
+use crate::emit::Metrics;
+use crate::error::{JobError, JobResult, OrFail};
+use crate::fit::ensure_finite_loss;
+use crate::flow_step::FlowStep;
+use crate::optimize::{AdamW, GradientSum, schedule_factor};
+use crate::padded_ids::pad_right;
+
+/// Name prefix of its optimiser's state in a checkpoint.
+const PREFIX: &str = "warm.";
+
+/// The regression's state.
+pub struct WarmStart {
+    settings: WarmStartSettings,
+    conditioner: Conditioner,
+    tokenizer: Tokenizer,
+    num_tokens: usize,
+    optimizer: AdamW,
+    schedule: Schedule,
+}
+
+impl WarmStart {
+    /// Prepares the regression on the conditions of `conditioner`.
+    ///
+    /// # Errors
+    /// When the base does not describe its text encoder.
+    pub fn new(
+        settings: &WarmStartSettings,
+        conditioner: Conditioner,
+        tokenizer: Tokenizer,
+        base: &BaseModelConfig,
+    ) -> JobResult<Self> {
+        let config = base.conditioner.as_ref();
+        let config = config.ok_or_else(|| JobError::input("`model.json` does not describe the text encoder"))?;
+        let schedule = Schedule::WarmupDecay { warmup_steps: 20, decay_share: 0.8 };
+        let optimizer = OptimizerSettings {
+            lr: settings.lr,
+            betas: [0.9, 0.95],
+            eps: 1e-8,
+            weight_decay: 0.0,
+            clip_norm: 1.0,
+            schedule: schedule.clone(),
+        };
+        Ok(Self {
+            settings: settings.clone(),
+            conditioner: conditioner.valid(),
+            tokenizer,
+            num_tokens: config.num_tokens,
+            optimizer: AdamW::new(&optimizer),
+            schedule,
+        })
+    }
+
+    /// Returns the updates.
+    pub fn iters(&self) -> u64 {
+        self.settings.iters
+    }
+
+    /// Makes one update on the texts of `batch`.
+    ///
+    /// # Errors
+    /// When a text does not fit the padding or the loss is not finite.
+    pub fn step(&mut self, model: DeepGen, flow: &FlowStep, batch: &Batch, step: u64) -> JobResult<(DeepGen, Metrics)> {
+        let plain = flow.device.clone().without_autodiff();
+        let ids = pad_right(&self.tokenizer, &batch.texts, self.num_tokens, &plain)?;
+        let (sequence, pooled) = self.conditioner.forward(ids);
+        let condition = model.training_condition(&flow.prompts(batch)).or_input(|| "read the prompts of a batch")?;
+        let [b, t, d] = condition.sequence.dims();
+        let wanted = self.num_tokens.min(t);
+        let last = sequence.clone().narrow(1, self.num_tokens - 1, 1).expand([b, t - wanted, d]);
+        let target = Tensor::cat(vec![last, sequence.narrow(1, self.num_tokens - wanted, wanted)], 1);
+        let loss = relative_error(condition.sequence, target) + relative_error(condition.pooled, pooled);
+        let value = f64::from(loss.clone().into_scalar::<f32>());
+        ensure_finite_loss(step, "warm_start/loss", value, &batch.keys)?;
+        let lr = self.settings.lr * schedule_factor(&self.schedule, step.min(self.iters() - 1), self.iters());
+        let mut gradients = GradientSum::default();
+        gradients.add(&model, loss.backward(), 1.0);
+        let (model, _) = self.optimizer.update(model, gradients, lr)?;
+        Ok((model, Metrics::from([("warm_start/loss".to_owned(), value), ("warm_start/lr".to_owned(), lr)])))
+    }
+
+    /// Returns its optimiser's state.
+    pub fn tensors(&self) -> NamedTensors {
+        self.optimizer.tensors().into_iter().map(|(name, data)| (format!("{PREFIX}{name}"), data)).collect()
+    }
+
+    /// Restores its optimiser's state.
+    ///
+    /// # Errors
+    /// When the checkpoint holds none.
+    pub fn restore(&mut self, file: &WeightFile, device: &Device) -> JobResult<()> {
+        self.optimizer.restore(file, &format!("{PREFIX}optimizer."), device)
+    }
+}
+
+/// Mean squared error over the variance of the target, which is off the tape.
+fn relative_error<const D: usize>(found: Tensor<D>, target: Tensor<D>) -> Tensor<1> {
+    let mean = target.clone().mean().into_scalar::<f32>();
+    let variance = (target.clone() - mean).square().mean().into_scalar::<f32>();
+    (found - Tensor::from_inner(target)).square().mean().div_scalar(variance.max(1e-6))
+}
