@@ -1,0 +1,46 @@
+# Every target is a line or two of cargo. `make demo` and `make test` need Rust and a C compiler, nothing else.
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+HEAVY  := -p deepgen-model -p deepgen-worker
+
+.PHONY: demo test test-light test-heavy test-e2e ci fmt lint build base small sweep plan-paper bench-model
+
+demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
+	$(TARGET)/release/deepgen run pipelines/full.toml
+
+test: test-light test-heavy test-e2e   ## every test
+
+build:
+	cargo build --release --locked -p deepgen -p deepgen-worker
+
+test-light:            ## the orchestrator and the light crates, seconds
+	cargo test --locked
+
+test-heavy:            ## model and worker, against reference tensors
+	cargo test --release --locked $(HEAVY)
+
+test-e2e: build        ## a short pipeline with the real worker, undisturbed and killed: same bits
+	DEEPGEN_E2E_BIN=$(abspath $(TARGET))/release cargo test --locked --test e2e -- --ignored --test-threads=1 --nocapture
+
+ci: fmt lint test      ## what .ci/run runs
+
+fmt:
+	cargo fmt --all -- --check
+
+lint:
+	cargo clippy --locked --all-targets -- -D warnings
+	cargo clippy --release --locked $(HEAVY) --all-targets -- -D warnings
+
+base: build            ## makes the base weights of the shapes world anew (about 10 minutes on 2 cores)
+	$(TARGET)/release/deepgen run pipelines/base.toml
+
+small: build           ## the profile that shows the trends (docs/results.md)
+	$(TARGET)/release/deepgen run pipelines/full.toml --profile small
+
+sweep: build           ## the architecture ablations
+	$(TARGET)/release/deepgen sweep experiments/architecture.toml
+
+plan-paper: build      ## the paper's recipe: sizes, updates, what is missing
+	$(TARGET)/release/deepgen plan pipelines/full.toml --profile paper
+
+bench-model:           ## milliseconds of a training step of the small DiT and the autoencoder
+	cargo run --release --locked -p deepgen-model --example step_time
