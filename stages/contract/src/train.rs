@@ -156,12 +156,10 @@ pub struct LoopSettings {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct WarmStartSettings {
-    /// Updates; 0 turns it off, as in the paper.
+    /// Iterations, with as many to an update as in the training that follows; 0 turns it off, as in the paper.
     pub iters: u64,
-    /// Peak learning rate, decayed linearly to zero.
+    /// Peak learning rate; it falls linearly over most of the iterations.
     pub lr: f64,
-    /// Captions per update.
-    pub batch: usize,
 }
 
 /// Loss on fixed held-out samples with fixed noise at fixed noise levels.

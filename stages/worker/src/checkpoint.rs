@@ -71,7 +71,30 @@ pub fn save(
     keep: usize,
 ) -> JobResult<()> {
     let folder = context.checkpoints();
-    let name = format!("step-{step:08}");
+    let lines = context.emitter.metric_lines().to_vec();
+    let path = write(&folder, step, tensors, lines, window)?;
+    let bytes = fs::metadata(path.join(TENSORS_FILE)).map_or(0, |data| data.len());
+    let name = folder_name(step);
+    context.emitter.emit(WorkerEventKind::Checkpoint { step, path: format!("{CHECKPOINTS_DIR}/{name}"), bytes });
+    for (_, old) in candidates(&folder).into_iter().skip(keep.max(1)) {
+        fs::remove_dir_all(&old).or_io(|| format!("remove {}", old.display()))?;
+    }
+    Ok(())
+}
+
+fn folder_name(step: u64) -> String {
+    format!("step-{step:08}")
+}
+
+/// Writes the folder of a checkpoint and returns it.
+fn write(
+    folder: &Path,
+    step: u64,
+    tensors: &NamedTensors,
+    metric_lines: Vec<String>,
+    window: BTreeMap<String, (u64, u64)>,
+) -> JobResult<PathBuf> {
+    let name = folder_name(step);
     let (partial, path) = (folder.join(format!("{name}.partial")), folder.join(&name));
     let doing = || format!("write checkpoint {}", path.display());
     for stale in [&partial, &path] {
@@ -82,22 +105,12 @@ pub fn save(
     fs::create_dir_all(&partial).or_io(doing)?;
     let file = partial.join(TENSORS_FILE);
     weights::save(&file, tensors, StoredType::F32, &BTreeMap::new()).or_io(doing)?;
-    let state = State {
-        version: VERSION,
-        step,
-        tensors_blake3: files::hash_file(&file).or_io(doing)?,
-        metric_lines: context.emitter.metric_lines().to_vec(),
-        window,
-    };
+    let tensors_blake3 = files::hash_file(&file).or_io(doing)?;
+    let state = State { version: VERSION, step, tensors_blake3, metric_lines, window };
     files::write_json(&partial.join(STATE_FILE), &state).or_io(doing)?;
     fs::rename(&partial, &path).or_io(doing)?;
     files::sync_folder_of(&path).or_io(doing)?;
-    let bytes = fs::metadata(path.join(TENSORS_FILE)).map_or(0, |data| data.len());
-    context.emitter.emit(WorkerEventKind::Checkpoint { step, path: format!("{CHECKPOINTS_DIR}/{name}"), bytes });
-    for (_, old) in candidates(&folder).into_iter().skip(keep.max(1)) {
-        fs::remove_dir_all(&old).or_io(|| format!("remove {}", old.display()))?;
-    }
-    Ok(())
+    Ok(path)
 }
 
 /// Returns the newest checkpoint of this or an earlier attempt that verifies, and says which ones did not.
@@ -139,4 +152,48 @@ fn verify(path: &Path) -> Result<State, String> {
         return Err(format!("{TENSORS_FILE} does not have the recorded hash"));
     }
     Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checkpoint(folder: &Path, step: u64, value: f32) -> PathBuf {
+        let tensors = vec![("a".to_owned(), TensorData::new(vec![value; 4], [4]))];
+        let window = BTreeMap::from([("train/loss".to_owned(), (0.1f64.to_bits(), 3))]);
+        write(folder, step, &tensors, vec!["{\"step\":1}".to_owned()], window).unwrap()
+    }
+
+    #[test]
+    fn a_checkpoint_reads_back_what_was_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = checkpoint(folder.path(), 12, 0.5);
+        let state = verify(&path).unwrap();
+        assert_eq!((state.step, state.metric_lines.len()), (12, 1));
+        assert_eq!(f64::from_bits(state.window["train/loss"].0), 0.1);
+        let values: Vec<f32> = Found { path, state }.tensors().unwrap().get("a").unwrap().iter::<f32>().collect();
+        assert_eq!(values, [0.5; 4]);
+    }
+
+    #[test]
+    fn damaged_and_unfinished_checkpoints_do_not_verify_and_the_one_before_does() {
+        let folder = tempfile::tempdir().unwrap();
+        checkpoint(folder.path(), 10, 1.0);
+        let truncated = checkpoint(folder.path(), 20, 2.0);
+        let flipped = checkpoint(folder.path(), 30, 3.0);
+        let without_state = checkpoint(folder.path(), 40, 4.0);
+        fs::create_dir(folder.path().join("step-00000050.partial")).unwrap();
+        let file = truncated.join(TENSORS_FILE);
+        let bytes = fs::read(&file).unwrap();
+        fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+        let file = flipped.join(TENSORS_FILE);
+        let mut bytes = fs::read(&file).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&file, bytes).unwrap();
+        fs::remove_file(without_state.join(STATE_FILE)).unwrap();
+        let steps: Vec<u64> = candidates(folder.path()).into_iter().map(|(step, _)| step).collect();
+        assert_eq!(steps, [40, 30, 20, 10]);
+        let good = candidates(folder.path()).into_iter().find_map(|(_, path)| verify(&path).ok());
+        assert_eq!(good.unwrap().step, 10);
+    }
 }

@@ -32,7 +32,10 @@ pub struct WarmStart {
     tokenizer: Tokenizer,
     num_tokens: usize,
     optimizer: AdamW,
+    gradients: GradientSum,
     schedule: Schedule,
+    /// Batches per update, as in the training that follows.
+    accumulation: u64,
 }
 
 impl WarmStart {
@@ -45,6 +48,7 @@ impl WarmStart {
         conditioner: Conditioner,
         tokenizer: Tokenizer,
         base: &BaseModelConfig,
+        accumulation: u64,
     ) -> JobResult<Self> {
         let config = base.conditioner.as_ref();
         let config = config.ok_or_else(|| JobError::input("`model.json` does not describe the text encoder"))?;
@@ -63,16 +67,18 @@ impl WarmStart {
             tokenizer,
             num_tokens: config.num_tokens,
             optimizer: AdamW::new(&optimizer),
+            gradients: GradientSum::default(),
             schedule,
+            accumulation: accumulation.max(1),
         })
     }
 
-    /// Returns the updates.
+    /// Returns its iterations, rounded up so that updates stay on boundaries.
     pub fn iters(&self) -> u64 {
-        self.settings.iters
+        self.settings.iters.next_multiple_of(self.accumulation)
     }
 
-    /// Makes one update on the texts of `batch`.
+    /// Makes one iteration on the texts of `batch`; an update follows the last of every `accumulation`.
     ///
     /// # Errors
     /// When a text does not fit the padding or the loss is not finite.
@@ -88,11 +94,15 @@ impl WarmStart {
         let loss = relative_error(condition.sequence, target) + relative_error(condition.pooled, pooled);
         let value = f64::from(loss.clone().into_scalar::<f32>());
         ensure_finite_loss(step, "warm_start/loss", value, &batch.keys)?;
-        let lr = self.settings.lr * schedule_factor(&self.schedule, step.min(self.iters() - 1), self.iters());
-        let mut gradients = GradientSum::default();
-        gradients.add(&model, loss.backward(), 1.0);
-        let (model, _) = self.optimizer.update(model, gradients, lr)?;
-        Ok((model, Metrics::from([("warm_start/loss".to_owned(), value), ("warm_start/lr".to_owned(), lr)])))
+        self.gradients.add(&model, loss.backward(), 1.0 / self.accumulation as f64);
+        let mut metrics = Metrics::from([("warm_start/loss".to_owned(), value)]);
+        if !(step + 1).is_multiple_of(self.accumulation) {
+            return Ok((model, metrics));
+        }
+        let lr = self.settings.lr * schedule_factor(&self.schedule, step, self.iters());
+        let (model, _) = self.optimizer.update(model, std::mem::take(&mut self.gradients), lr)?;
+        metrics.insert("warm_start/lr".to_owned(), lr);
+        Ok((model, metrics))
     }
 
     /// Returns its optimiser's state.

@@ -24,15 +24,19 @@ pub fn run(settings: &MixSettings, context: &mut JobContext) -> JobResult<JobEnd
         context.spec.inputs.iter().map(|(name, input)| (name.clone(), input.path.clone())).collect();
     let file = mix(settings, &inputs, &embedded_benchmarks()?, &context.out()).or_input(|| "mix")?;
     context.emitter.note(file.table());
-    let mut notes = Vec::new();
-    for overlap in file.overlaps.iter().filter(|overlap| !overlap.is_clean()) {
-        notes.push(format!(
-            "{} of {} texts of {} equal a prompt of {} ({} share an n-gram)",
-            overlap.num_equal, overlap.num_texts, overlap.member, overlap.benchmark, overlap.num_sharing
-        ));
-    }
-    if !notes.is_empty() {
-        context.emitter.warn(format!("benchmark prompts among the texts: {}", notes.join("; ")));
+    let overlaps: Vec<String> = file
+        .overlaps
+        .iter()
+        .filter(|overlap| !overlap.is_clean())
+        .map(|overlap| {
+            format!(
+                "{} of {} texts of {} equal a prompt of {} ({} share an n-gram)",
+                overlap.num_equal, overlap.num_texts, overlap.member, overlap.benchmark, overlap.num_sharing
+            )
+        })
+        .collect();
+    if !overlaps.is_empty() {
+        context.emitter.warn(format!("benchmark prompts among the texts: {}", overlaps.join("; ")));
     }
     let mut metrics = BTreeMap::new();
     for member in &file.members {
@@ -41,7 +45,7 @@ pub fn run(settings: &MixSettings, context: &mut JobContext) -> JobResult<JobEnd
             metrics.insert(format!("nominal_share/{}", member.name), nominal);
         }
     }
-    Ok(JobEnd::Done(JobReport { metrics, notes }))
+    Ok(JobEnd::Done(JobReport { metrics, notes: Vec::new() }))
 }
 
 /// Returns the prompts of the embedded benchmarks. Those of edits are left out: an edit is an instruction and an image, and

@@ -112,11 +112,12 @@ impl StageTrainer {
             }
             (iters, Some(conditioner)) => {
                 notes.push(format!(
-                    "warm start: {iters} updates of regression on the base's own conditions came before the first \
-                     iteration; the paper has none"
+                    "warm start: {iters} iterations of regression on the base's own conditions came before the first \
+                     of the stage; the paper has none"
                 ));
                 let tokenizer = model_folder::load_tokenizer(&weights)?;
-                Some(WarmStart::new(&settings.warm_start, conditioner, tokenizer, &model.spec().base)?)
+                let accumulation = settings.train.accumulation;
+                Some(WarmStart::new(&settings.warm_start, conditioner, tokenizer, &model.spec().base, accumulation)?)
             }
         };
         let flow = FlowStep {
@@ -143,10 +144,8 @@ impl StageTrainer {
         self.model.as_ref().expect("a step leaves the weights in place")
     }
 
-    /// Returns the steps of the warm start, a multiple of the accumulation so that updates stay on boundaries.
     fn num_warm_iters(&self) -> u64 {
-        let accumulation = self.settings.train.accumulation.max(1);
-        self.warm_start.as_ref().map_or(0, |warm| warm.iters().next_multiple_of(accumulation))
+        self.warm_start.as_ref().map_or(0, WarmStart::iters)
     }
 
     /// Returns batch `iteration`, prepared ahead by other threads; a jump, as after a resume, starts them anew.
