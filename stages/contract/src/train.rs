@@ -160,6 +160,9 @@ pub struct WarmStartSettings {
     pub iters: u64,
     /// Peak learning rate; it falls linearly over most of the iterations.
     pub lr: f64,
+    /// The encoder reads a literal description of the image in place of a caption that fully determines it: the base
+    /// was trained on such, and knows no relation and no riddle.
+    pub literal: bool,
 }
 
 /// Loss on fixed held-out samples with fixed noise at fixed noise levels.

@@ -3,12 +3,20 @@
 //! Not in the paper, and off in its profile: in the shapes world, where stage 1 has minutes, it moves the bridge to where
 //! the frozen DiT can already read it. The last positions of the bridge's sequence are to equal the encoder's sequence, all
 //! earlier ones its last vector, the pooled condition its pooled vector; each error is divided by its target's variance.
+//!
+//! The base knows literal captions alone. With `literal`, a caption that determines its image ("a red circle left of a blue
+//! square") is put to the encoder as what a reader finds in the image ("a red circle at the top left and a blue square at
+//! the top right"): the bridge learns to say in the base's language what the VLM has read.
 
 use burn::module::Module;
 use deepgen_contract::model::BaseModelConfig;
+use deepgen_contract::shapes::{Cell, Object, Scene, ShapesWorld, Word};
 use deepgen_contract::train::{OptimizerSettings, Schedule, WarmStartSettings};
 use deepgen_data::batch::Batch;
+use deepgen_data::sample::Task;
+use deepgen_data::shapes::{describe, expectation_of};
 use deepgen_data::tokenizer::Tokenizer;
+use deepgen_judge::reading::{FoundObject, Reader};
 use deepgen_model::conditioner::Conditioner;
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::weights::WeightFile;
@@ -36,7 +44,12 @@ pub struct WarmStart {
     schedule: Schedule,
     /// Batches per update, as in the training that follows.
     accumulation: u64,
+    world: ShapesWorld,
+    reader: Reader,
 }
+
+/// Most objects and words of a literal description: the base has read no longer ones.
+const MAX_DESCRIBED: usize = 2;
 
 impl WarmStart {
     /// Prepares the regression on the conditions of `conditioner`.
@@ -52,6 +65,7 @@ impl WarmStart {
     ) -> JobResult<Self> {
         let config = base.conditioner.as_ref();
         let config = config.ok_or_else(|| JobError::input("`model.json` does not describe the text encoder"))?;
+        let world = ShapesWorld::default();
         let schedule = Schedule::WarmupDecay { warmup_steps: 20, decay_share: 0.8 };
         let optimizer = OptimizerSettings {
             lr: settings.lr,
@@ -70,6 +84,8 @@ impl WarmStart {
             gradients: GradientSum::default(),
             schedule,
             accumulation: accumulation.max(1),
+            reader: Reader::new(&world).map_err(JobError::input)?,
+            world,
         })
     }
 
@@ -84,7 +100,11 @@ impl WarmStart {
     /// When a text does not fit the padding or the loss is not finite.
     pub fn step(&mut self, model: DeepGen, flow: &FlowStep, batch: &Batch, step: u64) -> JobResult<(DeepGen, Metrics)> {
         let plain = flow.device.clone().without_autodiff();
-        let ids = pad_right(&self.tokenizer, &batch.texts, self.num_tokens, &plain)?;
+        let texts: Vec<String> = match self.settings.literal {
+            true => (0..batch.texts.len()).map(|i| self.literal(batch, i)).collect::<JobResult<_>>()?,
+            false => batch.texts.clone(),
+        };
+        let ids = pad_right(&self.tokenizer, &texts, self.num_tokens, &plain)?;
         let (sequence, pooled) = self.conditioner.forward(ids);
         let condition = model.training_condition(&flow.prompts(batch)).or_input(|| "read the prompts of a batch")?;
         let [b, t, d] = condition.sequence.dims();
@@ -103,6 +123,28 @@ impl WarmStart {
         let (model, _) = self.optimizer.update(model, std::mem::take(&mut self.gradients), lr)?;
         metrics.insert("warm_start/lr".to_owned(), lr);
         Ok((model, metrics))
+    }
+
+    /// Returns what the encoder reads for sample `i`: the caption, or a description of the image that it determines.
+    fn literal(&self, batch: &Batch, i: usize) -> JobResult<String> {
+        let text = &batch.texts[i];
+        let Some(wanted) = expectation_of(text, &self.world) else { return Ok(text.clone()) };
+        let is_determined = wanted.include.iter().all(|clause| clause.colour.is_some() && !clause.exact);
+        if batch.task != Task::TextToImage || !is_determined || wanted.include.is_empty() {
+            return Ok(text.clone());
+        }
+        let found = self.reader.read(&batch.images[i].to_rgb().or_input(|| "an image of the batch")?);
+        let object = |object: &FoundObject| {
+            let Cell { row, col } = found.cell(&object.at);
+            Object { shape: object.shape, colour: object.colour, row, col }
+        };
+        let word = found.words.first().map(|word| Word { text: word.text.clone(), row: found.cell(&word.at).row });
+        let objects: Vec<Object> = found.objects.iter().map(object).collect();
+        let mut scene = Scene { objects, word, background: found.background };
+        scene.sort();
+        let num_described = scene.objects.len() + usize::from(scene.word.is_some());
+        // What cannot be described in the base's language keeps its caption.
+        Ok(if num_described <= MAX_DESCRIBED { describe(&scene, &self.world) } else { text.clone() })
     }
 
     /// Returns its optimiser's state.
