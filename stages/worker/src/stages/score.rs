@@ -18,7 +18,7 @@ use crate::error::{JobError, JobResult, OrFail};
 use crate::files;
 use crate::job::{JobContext, JobEnd, JobReport};
 
-/// Folder beside the jobs that keeps the answers of chat judges, so that a question is asked once.
+/// Folder beside the attempts that keeps the answers of chat judges, so that no attempt asks a question again.
 const ANSWER_CACHE: &str = "answers-cache";
 
 /// Writes the score table and the raw answers.
@@ -35,11 +35,13 @@ pub fn run(settings: &ScoreSettings, context: &mut JobContext) -> JobResult<JobE
             folder.display()
         ))
     })?;
-    let (judge, workers): (Box<dyn Judge>, usize) = match &settings.judge {
-        JudgeSettings::Http { workers, .. } => {
-            (Box::new(CachedJudge::new(judge, context.dir.join(ANSWER_CACHE))), *workers)
+    let (judge, name, workers): (Box<dyn Judge>, &str, usize) = match &settings.judge {
+        JudgeSettings::Http { workers, model, .. } => {
+            (Box::new(CachedJudge::new(judge, context.dir.with_file_name(ANSWER_CACHE))), model, *workers)
         }
-        JudgeSettings::Rule { .. } | JudgeSettings::External => (judge, context.spec.threads.max(1)),
+        JudgeSettings::Rule { .. } | JudgeSettings::External => {
+            (judge, "the exact reader of the shapes world", context.spec.threads.max(1))
+        }
     };
     let records = read_records(&folder)?;
     let subjects: Vec<Subject> = records.iter().map(|record| subject(&folder, record)).collect::<JobResult<_>>()?;
@@ -53,7 +55,7 @@ pub fn run(settings: &ScoreSettings, context: &mut JobContext) -> JobResult<JobE
             verdict: scored.verdict.clone(),
         })
         .collect();
-    let table = score_table(&benchmark, &judge.identity(), &outcomes, settings.resamples).or_input(|| "the table")?;
+    let table = score_table(&benchmark, name, &outcomes, settings.resamples).or_input(|| "the table")?;
     let lines: Vec<String> = records
         .iter()
         .zip(&scored)
