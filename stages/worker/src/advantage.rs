@@ -36,7 +36,7 @@ impl RewardTable {
         let totals: Vec<f32> = (0..self.rewards.len()).map(|image| self.total(image)).collect();
         let advantages = match kind {
             AdvantageKind::Gdpo => standardize(&self.combined_scores(), &Moments::of(&self.combined_scores())),
-            AdvantageKind::Grpo => self.per_group(&totals, |group, moments| standardize(group, moments)),
+            AdvantageKind::Grpo => self.per_group(&totals, standardize),
             AdvantageKind::GrpoGlobalStd => {
                 let std = Moments::of(&totals).std;
                 self.per_group(&totals, |group, moments| standardize(group, &Moments { mean: moments.mean, std }))
@@ -52,7 +52,7 @@ impl RewardTable {
         let mut combined = vec![0.0; self.rewards.len()];
         for column in 0..num_columns {
             let values: Vec<f32> = self.rewards.iter().map(|row| row[column]).collect();
-            let scores = self.per_group(&values, |group, moments| standardize(group, moments));
+            let scores = self.per_group(&values, standardize);
             for ((sum, score), weights) in combined.iter_mut().zip(scores).zip(&self.weights) {
                 *sum += weights[column] * score;
             }

@@ -122,7 +122,7 @@ impl VlmTrainer {
     fn dialogues(&self, step: u64) -> JobResult<(Dialogues, &'static str)> {
         let mut dialogues = Dialogues::default();
         let batch = self.feed.batch(step)?;
-        let is_text = self.settings.text_every > 0 && step % self.settings.text_every == 0;
+        let is_text = self.settings.text_every > 0 && step.is_multiple_of(self.settings.text_every);
         let is_edit = batch.references.iter().any(|own| !own.is_empty());
         if is_text || is_edit {
             for text in &batch.texts {

@@ -90,15 +90,24 @@ fn file_name(id: &str) -> String {
 enum Model {
     /// The VLM through the bridge, and DiT and autoencoder.
     Bridged(Box<DeepGen>),
-    /// The base's own text encoder, and DiT and autoencoder.
-    Base { conditioner: Conditioner, num_tokens: usize, dit: Box<Dit>, vae: Box<Vae>, base: Box<BaseModelConfig> },
+    /// The base's own text encoder.
+    Base(Box<BaseModel>),
+}
+
+/// The parts that draw under the base's own text encoder.
+struct BaseModel {
+    conditioner: Conditioner,
+    num_tokens: usize,
+    dit: Dit,
+    vae: Vae,
+    base: BaseModelConfig,
 }
 
 impl Model {
     fn drawer(&self) -> Drawer<'_> {
         match self {
             Self::Bridged(model) => model.as_ref().into(),
-            Self::Base { dit, vae, base, .. } => Drawer { dit, vae, base },
+            Self::Base(parts) => Drawer { dit: &parts.dit, vae: &parts.vae, base: &parts.base },
         }
     }
 }
@@ -172,11 +181,11 @@ impl Painter {
         let negative = vec![self.settings.sampler.negative.as_str(); batch.len()];
         let model = match &self.model {
             Model::Bridged(model) => model,
-            Model::Base { conditioner, num_tokens, .. } => {
+            Model::Base(parts) => {
                 let texts = if self.sampling.is_guided() { [negative, positive].concat() } else { positive };
                 let texts: Vec<String> = texts.into_iter().map(str::to_owned).collect();
-                let ids = pad_right(&self.tokenizer, &texts, *num_tokens, &self.device)?;
-                let (sequence, pooled) = conditioner.forward(ids);
+                let ids = pad_right(&self.tokenizer, &texts, parts.num_tokens, &self.device)?;
+                let (sequence, pooled) = parts.conditioner.forward(ids);
                 return Ok(Condition { sequence, pooled });
             }
         };
@@ -243,6 +252,5 @@ fn base_model(parts: Parts) -> JobResult<Model> {
     })?;
     let missing = || JobError::input("these weights lack the diffusion transformer or the autoencoder");
     let (dit, vae) = parts.dit.zip(parts.vae).ok_or_else(missing)?;
-    let base = Box::new(parts.spec.base);
-    Ok(Model::Base { conditioner, num_tokens, dit: Box::new(dit), vae: Box::new(vae), base })
+    Ok(Model::Base(Box::new(BaseModel { conditioner, num_tokens, dit, vae, base: parts.spec.base })))
 }
