@@ -21,7 +21,14 @@ use crate::error::{JobError, JobResult, OrFail};
 
 /// Reward columns in order of their names.
 pub struct Rewards {
-    columns: Vec<(String, Box<dyn Reward>)>,
+    columns: Vec<Column>,
+}
+
+struct Column {
+    name: String,
+    reward: Box<dyn Reward>,
+    /// True when an image is compared with those of its group: a single image has no such reward.
+    is_relative: bool,
 }
 
 /// A prompt with the weights of its set.
@@ -47,14 +54,21 @@ impl Rewards {
                 let known = settings.keys().cloned().collect::<Vec<_>>().join(", ");
                 JobError::input(format!("the prompts weigh the reward `{name}`, but `rewards` has only {known}"))
             })?;
-            Ok((name.clone(), build(name, reward)?))
+            let is_relative = matches!(reward, RewardSettings::Pairwise { .. } | RewardSettings::ShapesPairwise { .. });
+            Ok(Column { name: name.clone(), reward: build(name, reward)?, is_relative })
         });
         Ok(Self { columns: columns.collect::<JobResult<_>>()? })
     }
 
     /// Returns the names of the columns.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.columns.iter().map(|(name, _)| name.as_str())
+        self.columns.iter().map(|column| column.name.as_str())
+    }
+
+    /// Returns names and indices of the columns that mean something for groups of `group_size`.
+    pub fn meaningful(&self, group_size: usize) -> impl Iterator<Item = (usize, &str)> {
+        let columns = self.columns.iter().enumerate().filter(move |(_, column)| group_size > 1 || !column.is_relative);
+        columns.map(|(index, column)| (index, column.name.as_str()))
     }
 
     /// Scores images, `group_size` for each prompt, by every reward whatever its weight (docs/spec/rl.md section 6).
@@ -72,7 +86,7 @@ impl Rewards {
             })
             .collect();
         let mut rewards = vec![Vec::new(); images.len()];
-        for (name, reward) in &self.columns {
+        for Column { name, reward, .. } in &self.columns {
             let column = reward.score(&per_image, images).or_input(|| format!("reward `{name}`"))?;
             for (row, value) in rewards.iter_mut().zip(column) {
                 row.push(value);

@@ -336,20 +336,22 @@ impl Trainer for RlTrainer {
 }
 
 impl RlTrainer {
-    /// Adds the mean of every reward over the images whose prompts weigh it, and of the weighted total.
+    /// Adds the mean of every reward over the images whose prompts weigh it, and of their weighted total.
     fn report_rewards(&self, group: &str, table: &RewardTable, metrics: &mut Sums) {
-        for (column, name) in self.rewards.names().enumerate() {
-            for (rewards, weights) in table.rewards.iter().zip(&table.weights) {
+        for (rewards, weights) in table.rewards.iter().zip(&table.weights) {
+            let mut total = 0.0;
+            for (column, name) in self.rewards.meaningful(table.group_size) {
                 if weights[column] > 0.0 {
                     metrics.add(&format!("{group}/{name}"), f64::from(rewards[column]));
+                    total += f64::from(rewards[column] * weights[column]);
                 }
             }
-            if table.group_size > 1 {
+            metrics.add(&format!("{group}/total"), total);
+        }
+        if table.group_size > 1 {
+            for (column, name) in self.rewards.names().enumerate() {
                 metrics.add(&format!("rl/constant_groups_{name}"), f64::from(table.constant_groups(column)));
             }
-        }
-        for image in 0..table.rewards.len() {
-            metrics.add(&format!("{group}/total"), f64::from(table.total(image)));
         }
     }
 }
