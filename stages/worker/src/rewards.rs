@@ -36,6 +36,8 @@ struct Column {
 pub struct WeightedPrompt {
     /// Text.
     pub text: String,
+    /// Name of its set in the mixture.
+    pub set: String,
     /// Weights of rewards by name; a reward that is not listed weighs nothing.
     pub weights: BTreeMap<String, f64>,
 }

@@ -209,8 +209,10 @@ impl SourceKind {
     /// Returns the formats it can be written in.
     pub fn formats(self) -> &'static [SourceFormat] {
         match self {
-            Self::Captions | Self::Text | Self::UnireasonT2i => {
-                &[SourceFormat::Tar, SourceFormat::CaptionList, SourceFormat::Blip3o]
+            Self::Captions | Self::Text => &[SourceFormat::Tar, SourceFormat::CaptionList, SourceFormat::Blip3o],
+            // As prompts they are the reasoning prompts of stage 3.
+            Self::UnireasonT2i => {
+                &[SourceFormat::Tar, SourceFormat::CaptionList, SourceFormat::Blip3o, SourceFormat::Prompts]
             }
             Self::Edits | Self::UnireasonEdits => &[SourceFormat::EditList],
             Self::Qa => &[SourceFormat::QaList],

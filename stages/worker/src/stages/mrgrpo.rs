@@ -145,8 +145,8 @@ impl RlTrainer {
             .iter()
             .map(|&item| {
                 let prompt = self.prompts.prompt(item).or_io(|| "read a prompt")?;
-                let weights = self.prompts.description().members[prompt.member].rewards.clone();
-                Ok(WeightedPrompt { text: prompt.text, weights })
+                let member = &self.prompts.description().members[prompt.member];
+                Ok(WeightedPrompt { text: prompt.text, set: member.name.clone(), weights: member.rewards.clone() })
             })
             .collect()
     }
@@ -317,6 +317,11 @@ impl Trainer for RlTrainer {
             let images = draw((&model).into(), &sampling, &condition, &[], noise)?;
             let table = self.rewards.score(&prompts, &images, 1)?;
             self.report_rewards("evaluation", &table, &mut metrics);
+            for (prompt, (rewards, weights)) in prompts.iter().zip(table.rewards.iter().zip(&table.weights)) {
+                for (column, name) in self.rewards.meaningful(1).filter(|(column, _)| weights[*column] > 0.0) {
+                    metrics.add(&format!("evaluation/{name}_{}", prompt.set), f64::from(rewards[column]));
+                }
+            }
         }
         Ok(metrics.means())
     }
