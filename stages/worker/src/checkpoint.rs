@@ -1,8 +1,8 @@
 //! Training state on disk: written whole or not at all, verified by hash, the newest good one found after any crash.
 //!
 //! Knows tensors by name and a few numbers, not what trains. A checkpoint is a folder `step-<n>` with `tensors.safetensors`
-//! (f32) and `state.json`, which holds the hash of the former and is written first of the two renames that matter: the
-//! folder itself appears by rename, after both files are synced.
+//! (f32) and `state.json`, which holds the hash of the former. Both are synced inside `step-<n>.partial`; the folder gets its
+//! name by rename, so that a name without `.partial` is a whole checkpoint.
 
 use std::collections::BTreeMap;
 use std::fs;
