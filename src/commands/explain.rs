@@ -52,7 +52,7 @@ pub fn explain(args: &ExplainArgs) -> Result<Exit> {
 
 /// Returns all about one node.
 pub fn node_text(plan: &Plan, planned: &PlannedNode) -> String {
-    let PlannedNode { node, fingerprint, inputs, verdict } = planned;
+    let PlannedNode { node, fingerprint, inputs, verdict, .. } = planned;
     let mut text = format!("{}: stage {} (kind {}), {verdict}", node.name, node.stage, node.kind);
     match verdict {
         Verdict::Cached => {}

@@ -6,13 +6,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use deepgen_contract::artifact::Environment;
 use deepgen_contract::id::NodeName;
 use tokio::sync::mpsc;
 
 use super::{Overriding, load_or_report};
 use crate::cli::{Exit, Wrong};
-use crate::environment;
+use crate::environment::{self, Captured};
 use crate::exec::LocalExecutor;
 use crate::exec::jobdir::JobDir;
 use crate::plan::{Missing, Plan, PlannedNode, Verdict};
@@ -23,11 +22,11 @@ use crate::run::driver::{Driver, link_node};
 use crate::run::event::{NodeState, Origin, RunEvent, RunResult};
 use crate::run::scheduler::Scheduler;
 use crate::spec::Resolved;
-use crate::store::layout::{NODES_DIR, RESOLVED_FILE};
+use crate::store::layout::{ENVIRONMENT_FILE, NODES_DIR, RESOLVED_FILE};
 use crate::store::lock::{Holder, Lock};
-use crate::store::runs::{PLAN_VERSION, SavedPlan};
+use crate::store::runs::SavedPlan;
 use crate::store::state::{NodeRow, State};
-use crate::store::{ArtifactStore, FileHashes, Layout, Recorder, external};
+use crate::store::{ArtifactStore, FileHashes, Layout, Recorder, external, layout};
 
 /// Arguments of `deepgen run`.
 #[derive(Debug, clap::Args)]
@@ -107,9 +106,9 @@ fn execute(resolved: &Resolved, how: &How) -> Result<Exit> {
     refuse_missing(&plan)?;
     let worker = find_worker(resolved, how, &plan)?;
     let is_computing = worker.is_some();
-    let environment = match is_computing {
+    let captured = match is_computing {
         true => environment::capture(&resolved.root, worker.as_deref(), &hashes),
-        false => Environment::default(),
+        false => Captured::default(),
     };
     if let Err(error) = hashes.save() {
         tracing::warn!(%error, "hashes of external files will be computed again next time");
@@ -117,6 +116,10 @@ fn execute(resolved: &Resolved, how: &How) -> Result<Exit> {
 
     let mut progress = progress::choose(how.json, how.quiet);
     let (recorder, rows) = open_run(resolved, &plan, &layout, &holder, progress.as_mut())?;
+    if is_computing {
+        let run_dir = recorder.run_dir();
+        save_environment(&captured, run_dir).with_context(|| format!("cannot write into {}", run_dir.display()))?;
+    }
     let (reports_in, reports) = mpsc::unbounded_channel();
     let entries = plan.nodes.iter().map(|node| entry(node, &layout, &holder.host, rows.get(&node.node.name)));
     let max_active = how.jobs.map_or(usize::MAX, |jobs| usize::try_from(jobs).unwrap_or(usize::MAX));
@@ -131,7 +134,7 @@ fn execute(resolved: &Resolved, how: &How) -> Result<Exit> {
         reports,
         recorder,
         progress: progress.as_mut(),
-        environment,
+        environment: captured.environment,
     };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
@@ -239,17 +242,22 @@ fn open_run(
 }
 
 fn save_plan(resolved: &Resolved, plan: &Plan, run_dir: &Path) -> Result<()> {
-    let saved = SavedPlan {
-        version: PLAN_VERSION,
-        pipeline: resolved.name.clone(),
-        profile: resolved.profile.clone(),
-        seed: resolved.seed,
-        sweep: resolved.sweep.clone(),
-        plan: plan.clone(),
-    };
-    saved.write(run_dir)?;
+    SavedPlan::of(resolved, plan, std::env::current_dir().ok()).write(run_dir)?;
     let text = toml::to_string(resolved)?;
     external::write_atomically(&run_dir.join(RESOLVED_FILE), text.as_bytes())?;
+    Ok(())
+}
+
+/// Writes down what computes: the environment, and once the uncommitted changes of the checkout.
+fn save_environment(captured: &Captured, run_dir: &Path) -> Result<()> {
+    let text = serde_json::to_vec_pretty(&captured.environment)?;
+    external::write_atomically(&run_dir.join(ENVIRONMENT_FILE), &text)?;
+    if let (Some(changes), Some(hash)) = (&captured.changes, &captured.environment.git_diff_blake3) {
+        let path = run_dir.join(layout::changes_file(hash));
+        if !path.exists() {
+            external::write_atomically(&path, changes)?;
+        }
+    }
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use deepgen_contract::id::Fingerprint;
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 /// Version of the encoding; raised when equal identities would get other fingerprints.
@@ -32,7 +33,8 @@ pub struct Identity<'a> {
 }
 
 /// What a part belongs to, in the order in which differences are named.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Section {
     /// Kind of the stage.
     StageKind,
@@ -76,21 +78,8 @@ pub struct Part {
 impl Identity<'_> {
     /// Returns every part in a fixed order: the one walk.
     pub fn parts(&self) -> Vec<Part> {
-        let mut parts = Vec::new();
-        let mut add = |section, key: &str, text: String| parts.push(Part { section, key: key.to_owned(), text });
-        add(Section::StageKind, "", self.stage_kind.name().to_owned());
-        add(Section::CodeVersion, "", self.code_version.to_string());
-        for (key, text) in setting_leaves(self.settings) {
-            add(Section::Setting, &key, text);
-        }
-        add(Section::Seed, "", self.seed.to_string());
-        for (port, fingerprint) in self.inputs {
-            add(Section::Input, port, fingerprint.to_string());
-        }
-        for (key, hash) in self.content {
-            add(Section::Content, key, hash.clone());
-        }
-        parts
+        let of = Sources { seed: self.seed, inputs: self.inputs, content: self.content };
+        parts(self.stage_kind.name(), self.code_version, setting_leaves(self.settings), &of)
     }
 
     /// Returns the hash of all parts.
@@ -108,14 +97,48 @@ impl Identity<'_> {
     }
 }
 
+/// What a result depends on beside code and settings.
+#[derive(Debug, Clone, Copy)]
+pub struct Sources<'a> {
+    /// Seed of the job.
+    pub seed: u64,
+    /// Fingerprints of its inputs by port.
+    pub inputs: &'a BTreeMap<String, Fingerprint>,
+    /// Hashes of external content by settings key.
+    pub content: &'a BTreeMap<String, String>,
+}
+
+/// Returns every part of an identity whose settings are given by their leaves.
+pub fn parts(stage_kind: &str, code_version: u32, leaves: Vec<(String, String)>, of: &Sources<'_>) -> Vec<Part> {
+    let mut parts = Vec::with_capacity(leaves.len() + of.inputs.len() + of.content.len() + 3);
+    let mut add = |section, key: String, text: String| parts.push(Part { section, key, text });
+    add(Section::StageKind, String::new(), stage_kind.to_owned());
+    add(Section::CodeVersion, String::new(), code_version.to_string());
+    for (key, text) in leaves {
+        add(Section::Setting, key, text);
+    }
+    add(Section::Seed, String::new(), of.seed.to_string());
+    for (port, fingerprint) in of.inputs {
+        add(Section::Input, port.clone(), fingerprint.to_string());
+    }
+    for (key, hash) in of.content {
+        add(Section::Content, key.clone(), hash.clone());
+    }
+    parts
+}
+
 /// Returns the leaves of settings by dotted key, spelt as JSON.
 ///
 /// A list of scalars is a leaf. Numbers are written in the shortest form that reads back to the same bits.
 pub fn setting_leaves(settings: &Settings) -> Vec<(String, String)> {
     // Settings hold finite numbers and string keys only, which always have a JSON form.
-    let value = settings.to_value().unwrap_or(Value::Null);
+    value_leaves(&settings.to_value().unwrap_or(Value::Null))
+}
+
+/// Returns the leaves of a table of settings as it was saved, which may be another program's.
+pub fn value_leaves(settings: &Value) -> Vec<(String, String)> {
     let mut leaves = Vec::new();
-    collect("", &value, &mut leaves);
+    collect("", settings, &mut leaves);
     leaves.sort();
     leaves
 }
@@ -137,7 +160,7 @@ fn collect(key: &str, value: &Value, leaves: &mut Vec<(String, String)>) {
 }
 
 /// A part that differs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Difference {
     /// What it belongs to.
     pub section: Section,

@@ -8,6 +8,8 @@ mod sizes;
 #[cfg(test)]
 mod tests;
 
-pub use fingerprint::{Difference, FINGERPRINT_VERSION, Identity, Part, Section, differences, setting_leaves};
+pub use fingerprint::{
+    Difference, FINGERPRINT_VERSION, Identity, Part, Section, Sources, differences, parts, setting_leaves, value_leaves,
+};
 pub use plan::{ExternalFiles, Known, Missing, NodeRecord, Plan, PlannedNode, Reason, Verdict, external_content};
 pub use sizes::{TrainingSizes, Unbuildable, training_sizes};

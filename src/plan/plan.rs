@@ -9,8 +9,9 @@ use deepgen_contract::id::{Fingerprint, NodeName};
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use super::fingerprint::{Difference, Identity, Section, differences};
+use super::fingerprint::{Difference, Identity, Part, Section, Sources, differences, parts, value_leaves};
 use crate::spec::{Resolved, ResolvedNode};
 
 /// What has been computed before: answered by the artifact store, or by a table in a test.
@@ -32,10 +33,20 @@ pub struct NodeRecord {
     pub code_version: u32,
     /// Seed of the job.
     pub seed: u64,
-    /// Resolved settings.
-    pub settings: Settings,
+    /// The table of its resolved settings as it was saved: settings of an older program need not parse any more.
+    pub settings: Value,
     /// Fingerprints of its inputs by port.
     pub inputs: BTreeMap<String, Fingerprint>,
+    /// Hashes of the external content it was made from by settings key; empty when they were not recorded.
+    pub content: BTreeMap<String, String>,
+}
+
+impl NodeRecord {
+    /// Returns every part of its identity.
+    pub fn parts(&self) -> Vec<Part> {
+        let of = Sources { seed: self.seed, inputs: &self.inputs, content: &self.content };
+        parts(self.stage_kind.name(), self.code_version, value_leaves(&self.settings), &of)
+    }
 }
 
 /// Files outside the artifact store: answered by the disk, or by a table in a test.
@@ -60,6 +71,9 @@ pub struct PlannedNode {
     pub fingerprint: Fingerprint,
     /// Fingerprints of the inputs by port.
     pub inputs: BTreeMap<String, Fingerprint>,
+    /// Hashes of the external content that its settings name, by settings key.
+    #[serde(default)]
+    pub content: BTreeMap<String, String>,
     /// What will be done.
     pub verdict: Verdict,
 }
@@ -128,7 +142,7 @@ pub enum Reason {
         /// Node wired to it; absent when the port is not wired any more.
         node: Option<NodeName>,
     },
-    /// Nothing else differs, so the content of these external paths does.
+    /// The content of external paths has changed.
     Content {
         /// Paths as written.
         paths: Vec<String>,
@@ -181,9 +195,30 @@ impl Plan {
         self.nodes.iter().find(|planned| &planned.node.name == name)
     }
 
+    /// Returns everything in which a node's identity differs from its newest sealed result; nothing when it has none.
+    pub fn differences(planned: &PlannedNode, known: &dyn Known) -> Option<Vec<Difference>> {
+        let record = known.latest(&planned.node.name)?;
+        Some(since(&record, &planned.parts()))
+    }
+
     /// Returns true when nothing is left to do.
     pub fn is_cached(&self) -> bool {
         self.nodes.iter().all(|planned| planned.verdict == Verdict::Cached)
+    }
+}
+
+impl PlannedNode {
+    /// Returns every part of its identity.
+    pub fn parts(&self) -> Vec<Part> {
+        let identity = Identity {
+            stage_kind: self.node.kind,
+            code_version: self.node.kind.code_version(),
+            settings: &self.node.settings,
+            seed: self.node.seed,
+            inputs: &self.inputs,
+            content: &self.content,
+        };
+        identity.parts()
     }
 }
 
@@ -224,7 +259,7 @@ fn plan_node(
     } else {
         Verdict::Run(reason(node, &identity, fingerprint, inputs, known))
     };
-    PlannedNode { node: node.clone(), fingerprint, inputs: fingerprints, verdict }
+    PlannedNode { node: node.clone(), fingerprint, inputs: fingerprints, content, verdict }
 }
 
 /// Returns the nodes whose own files are missing, among the inputs and what blocks them.
@@ -254,20 +289,11 @@ fn reason(
     if record.fingerprint == fingerprint {
         return Reason::Lost;
     }
-    // A record holds no content hashes: when nothing else differs, content does.
-    let without_content = BTreeMap::new();
-    let old = Identity {
-        stage_kind: record.stage_kind,
-        code_version: record.code_version,
-        settings: &record.settings,
-        seed: record.seed,
-        inputs: &record.inputs,
-        content: &without_content,
-    };
-    let new = Identity { content: &without_content, ..identity.clone() };
-    let all = differences(&old.parts(), &new.parts());
+    let all = since(&record, &identity.parts());
+    let external = || node.settings.external_paths().into_iter();
     let Some(first) = all.first() else {
-        let paths: Vec<String> = node.settings.external_paths().into_iter().map(|external| external.path).collect();
+        // A record without content hashes: when nothing else differs, content does.
+        let paths: Vec<String> = external().map(|external| external.path).collect();
         return if paths.is_empty() { Reason::Lost } else { Reason::Content { paths } };
     };
     let Difference { section, key, old, new } = first.clone();
@@ -279,8 +305,21 @@ fn reason(
             let num_more = all.iter().filter(|other| other.section == Section::Setting).count() - 1;
             Reason::Setting { key, old, new, num_more }
         }
-        Section::Input | Section::Content => input_reason(&all, inputs),
+        Section::Input => input_reason(&all, inputs),
+        Section::Content => {
+            let is_changed = |key: &str| all.iter().any(|part| part.section == Section::Content && part.key == key);
+            Reason::Content { paths: external().filter(|path| is_changed(&path.key)).map(|path| path.path).collect() }
+        }
     }
+}
+
+/// Returns what differs from a sealed result. Content counts only when the record says what it was.
+fn since(record: &NodeRecord, now: &[Part]) -> Vec<Difference> {
+    let mut all = differences(&record.parts(), now);
+    if record.content.is_empty() {
+        all.retain(|part| part.section != Section::Content);
+    }
+    all
 }
 
 /// Of several inputs that differ, one that will run says more than one that was exchanged.

@@ -38,8 +38,9 @@ impl Store {
                 stage_kind: planned.node.kind,
                 code_version: planned.node.kind.code_version(),
                 seed: planned.node.seed,
-                settings: planned.node.settings.clone(),
+                settings: planned.node.settings.to_value().unwrap(),
                 inputs: planned.inputs.clone(),
+                content: planned.content.clone(),
             };
             store.latest.insert(planned.node.name.clone(), record);
         }

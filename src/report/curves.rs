@@ -21,13 +21,13 @@ fn node_curves(node: &NodeReport) -> Option<Markup> {
         return None;
     }
     let planned = &node.planned.node;
-    let step_name = if planned.kind == StageKind::Rl { "RL iteration" } else { "iteration" };
+    let step_name = if planned.stage_kind() == Some(StageKind::Rl) { "RL iteration" } else { "iteration" };
     let draw = |chart: &Chart| figure(chart, &planned.name.0, step_name);
     let (main, other): (Vec<&Chart>, Vec<&Chart>) = charts.iter().partition(|chart| chart.is_main);
     let heading = el("h3")
         .add(el("a").attr("href", format!("#{}", anchor("node", &planned.name.0))).text(&planned.name))
         .text(" ")
-        .add(el("span").class("muted").text(kind_words(planned.kind)));
+        .add(el("span").class("muted").text(planned.stage_kind().map_or("", kind_words)));
     let mut part = el("div").class("stage").add(heading);
     part = part.add(el("div").class("charts").add_all(main.into_iter().map(draw)));
     if !other.is_empty() {

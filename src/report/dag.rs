@@ -124,7 +124,8 @@ fn lines(node: &NodeReport) -> Vec<String> {
     let (_, _, word) = look(&node.state);
     let time = node.seconds.map_or_else(|| word.to_owned(), brief);
     // Of other nodes the number is a count, which is of less note than their time.
-    let is_learning = matches!(node.planned.node.kind, StageKind::Score | StageKind::Rl) || !node.metrics.is_empty();
+    let is_learning =
+        matches!(node.planned.node.stage_kind(), Some(StageKind::Score | StageKind::Rl)) || !node.metrics.is_empty();
     lines.push(match metric_of_note(node).filter(|_| is_learning) {
         None => time,
         Some((name, value)) => {
@@ -176,9 +177,9 @@ fn node_box(node: &NodeReport, lines: &[String], x: f64, y: f64, height: f64) ->
 /// Returns the one number that says most about a node, with a short name.
 pub fn metric_of_note(node: &NodeReport) -> Option<(String, String)> {
     let metrics = node.last_metrics();
-    let wishes: &[&str] = match node.planned.node.kind {
-        StageKind::Score => &["score/overall"],
-        StageKind::Rl => &["evaluation/", "reward/total", "reward/mean", "reward/", "train/loss"],
+    let wishes: &[&str] = match node.planned.node.stage_kind() {
+        Some(StageKind::Score) => &["score/overall"],
+        Some(StageKind::Rl) => &["evaluation/", "reward/total", "reward/mean", "reward/", "train/loss"],
         _ => &["validation/loss", "validation/", "train/loss", "data/", ""],
     };
     let starting = |wish: &&str| metrics.iter().find(|(name, _)| name.starts_with(wish));

@@ -7,10 +7,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use deepgen_contract::artifact::Manifest;
 use deepgen_contract::eval::{Estimate, ScoreTable};
 use deepgen_contract::id::NodeName;
+use deepgen_contract::settings::Settings;
 
-use crate::plan::PlannedNode;
 use crate::run::event::NodeState;
 use crate::store::runs::{RunView, SavedPlan};
+use crate::store::saved::SavedPlanned;
 
 /// Everything that the report of a run shows.
 #[derive(Debug, Clone, PartialEq)]
@@ -42,7 +43,7 @@ impl ReportData {
 }
 
 /// Returns each node's depth; nodes stand after their inputs.
-pub fn depths<'a>(nodes: impl Iterator<Item = &'a PlannedNode>) -> BTreeMap<&'a NodeName, usize> {
+pub fn depths<'a>(nodes: impl Iterator<Item = &'a SavedPlanned>) -> BTreeMap<&'a NodeName, usize> {
     let mut depths = BTreeMap::new();
     for planned in nodes {
         let inputs = planned.node.inputs.values().filter_map(|input| depths.get(input));
@@ -56,7 +57,9 @@ pub fn depths<'a>(nodes: impl Iterator<Item = &'a PlannedNode>) -> BTreeMap<&'a 
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeReport {
     /// The node with its identity.
-    pub planned: PlannedNode,
+    pub planned: SavedPlanned,
+    /// Its settings, if they are of this program's types.
+    pub settings: Option<Settings>,
     /// Where it stands.
     pub state: NodeState,
     /// Seconds that its attempts took in this run, or had taken when its result was made.
@@ -181,21 +184,20 @@ pub struct PublishedAblation {
 /// Returns what a node of images or scores was drawn with: the name of its weights.
 pub fn checkpoint_label(nodes: &[NodeReport], images: &NodeReport) -> String {
     use deepgen_contract::eval::Conditioning;
-    use deepgen_contract::settings::Settings;
     let node = &images.planned.node;
     let weights = node.inputs.get("weights").map_or_else(|| node.name.0.clone(), |weights| weights.0.clone());
     let twins = nodes.iter().filter(|other| {
-        let other = &other.planned.node;
-        let drawn = |settings: &Settings| match settings {
-            Settings::Generate(generate) => {
+        let drawn = |settings: &Option<Settings>| match settings {
+            Some(Settings::Generate(generate)) => {
                 Some((generate.benchmark.clone(), generate.items.clone(), generate.conditioning))
             }
             _ => None,
         };
-        drawn(&other.settings) == drawn(&node.settings) && other.inputs.get("weights") == node.inputs.get("weights")
+        let wired = &other.planned.node.inputs;
+        drawn(&other.settings) == drawn(&images.settings) && wired.get("weights") == node.inputs.get("weights")
     });
-    match &node.settings {
-        Settings::Generate(generate) if generate.conditioning == Conditioning::BaseEncoder => {
+    match &images.settings {
+        Some(Settings::Generate(generate)) if generate.conditioning == Conditioning::BaseEncoder => {
             format!("{weights} (own encoder)")
         }
         _ if twins.count() > 1 => node.name.0.clone(),

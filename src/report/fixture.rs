@@ -25,7 +25,7 @@ use crate::run::event::{Failure, NodeState, Origin, RunEvent, RunResult};
 use crate::spec::{Overrides, Resolved, load, load_sweep};
 use crate::store::journal::{JOURNAL_FILE, Journal};
 use crate::store::layout::RESOLVED_FILE;
-use crate::store::runs::{PLAN_VERSION, SavedPlan};
+use crate::store::runs::SavedPlan;
 use crate::store::{ArtifactStore, Layout, artifacts};
 
 const START_MS: u64 = 1_795_556_112_000;
@@ -95,16 +95,7 @@ fn write_run(resolved: &Resolved, plan: &Plan, store: &ArtifactStore, story: &St
     let run = format!("20261124-213512-{}", resolved.name);
     let run_dir = store.layout().run(&run);
     fs::create_dir_all(&run_dir).unwrap();
-    SavedPlan {
-        version: PLAN_VERSION,
-        pipeline: resolved.name.clone(),
-        profile: resolved.profile.clone(),
-        seed: resolved.seed,
-        sweep: resolved.sweep.clone(),
-        plan: plan.clone(),
-    }
-    .write(&run_dir)
-    .unwrap();
+    SavedPlan::of(resolved, plan, None).write(&run_dir).unwrap();
     fs::write(run_dir.join(RESOLVED_FILE), toml::to_string(resolved).unwrap()).unwrap();
     let mut journal = Journal::open(&run_dir.join(JOURNAL_FILE)).unwrap();
     let file = if resolved.sweep.is_some() { "sweep experiments/architecture.toml" } else { "run pipelines/full.toml" };
@@ -230,9 +221,10 @@ fn seal(plan: &Plan, planned: &PlannedNode, store: &ArtifactStore, story: &Story
         stage: node.stage.clone(),
         stage_kind: node.kind,
         code_version: node.kind.code_version(),
-        settings: node.settings.clone(),
+        settings: serde_json::to_value(&node.settings).unwrap(),
         seed: node.seed,
         inputs: planned.inputs.clone(),
+        content: planned.content.clone(),
         files: Vec::new(),
         metrics,
         notes,
@@ -251,6 +243,7 @@ fn seal(plan: &Plan, planned: &PlannedNode, store: &ArtifactStore, story: &Story
             worker_blake3: "ab".repeat(32),
             git_commit: Some("cd".repeat(20)),
             git_dirty: true,
+            ..Environment::default()
         },
     };
     artifacts::seal(store.layout(), &out, manifest).unwrap();

@@ -10,7 +10,6 @@ use super::dag::{look, metric_of_note};
 use super::data::{NodeReport, ReportData};
 use super::markup::{Markup, Table, anchor, details, el};
 use super::trouble::quoted;
-use crate::plan::setting_leaves;
 use crate::progress::format::{bytes, count, duration, number, utc};
 use crate::spec::Origin;
 
@@ -141,7 +140,7 @@ fn node_details(data: &ReportData, node: &NodeReport) -> Markup {
     } else {
         settings_table(node, &changed)
     });
-    let all = setting_leaves(&planned.settings);
+    let all = planned.leaves();
     body.push(details(format_markup(&count(all.len(), "setting"), "in all"), settings_table(node, &all)));
     let metrics = node.last_metrics();
     if !metrics.is_empty() {
@@ -165,7 +164,7 @@ fn identity(data: &ReportData, node: &NodeReport) -> Markup {
     let mut facts: Vec<(&str, Markup)> = vec![
         ("Fingerprint", el("code").text(node.planned.fingerprint).into()),
         ("Seed", Markup::text(planned.seed)),
-        ("Code version", Markup::text(format!("{} {}", planned.kind, planned.kind.code_version()))),
+        ("Code version", Markup::text(format!("{} {}", planned.kind, planned.code_version))),
     ];
     let inputs = planned.inputs.iter().map(|(port, input)| {
         let link = el("a").attr("href", format!("#{}", anchor("node", &input.0))).text(input);
@@ -208,29 +207,18 @@ fn made_by(data: &ReportData, manifest: &Manifest) -> String {
 /// Returns the settings that were written anywhere but in the stage file outside its profiles.
 fn changed_settings(node: &NodeReport) -> Vec<(String, String)> {
     let stage_file = format!("stages/{}.toml", node.planned.node.stage);
-    let is_changed = |key: &str| match origin(node, key) {
+    let is_changed = |key: &str| match node.planned.node.origin(key) {
         Some(Origin::File { file, profile: None, .. }) => *file != stage_file,
         Some(_) => true,
         None => false,
     };
-    setting_leaves(&node.planned.node.settings).into_iter().filter(|(key, _)| is_changed(key)).collect()
-}
-
-/// Returns where a leaf was written; an item of a list was written where the list was.
-fn origin<'a>(node: &'a NodeReport, key: &str) -> Option<&'a Origin> {
-    let mut key = key;
-    loop {
-        match node.planned.node.origins.get(key) {
-            Some(origin) => return Some(origin),
-            None => key = &key[..key.rfind(['.', '['])?],
-        }
-    }
+    node.planned.node.leaves().into_iter().filter(|(key, _)| is_changed(key)).collect()
 }
 
 fn settings_table(node: &NodeReport, leaves: &[(String, String)]) -> Markup {
     let mut table = Table::new("settings", ["Setting", "Value", "Written in"].map(Markup::text));
     for (key, value) in leaves {
-        let from = origin(node, key).map_or_else(|| "default of the type".to_owned(), Origin::to_string);
+        let from = node.planned.node.origin(key).map_or_else(|| "default of the type".to_owned(), Origin::to_string);
         table.row(el("code").text(key), [el("code").text(value), el("span").class("muted").text(from)]);
     }
     table.into()

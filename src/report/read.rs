@@ -18,10 +18,10 @@ use super::data::{MetricRow, NodeReport, PublishedAblation, ReportData, distinct
 use super::{ReportError, samples};
 use crate::exec::jobdir::{EventTail, JobDir};
 use crate::exec::process::ProcessId;
-use crate::plan::PlannedNode;
 use crate::run::event::{NodeState, Origin, RunResult};
 use crate::store::layout::RESOLVED_FILE;
 use crate::store::runs::{RunView, SavedPlan};
+use crate::store::saved::SavedPlanned;
 use crate::store::{ArtifactStore, Layout};
 
 /// Bytes of a failed node's `stderr.log` that are shown.
@@ -57,7 +57,7 @@ fn outcome(view: &RunView) -> &'static str {
     }
 }
 
-fn read_node(planned: &PlannedNode, view: &RunView, store: &ArtifactStore) -> NodeReport {
+fn read_node(planned: &SavedPlanned, view: &RunView, store: &ArtifactStore) -> NodeReport {
     let name = &planned.node.name;
     let seen = view.nodes.get(name);
     let state = view.state(name).clone();
@@ -84,6 +84,7 @@ fn read_node(planned: &PlannedNode, view: &RunView, store: &ArtifactStore) -> No
     let job_dir =
         newest.filter(|_| !attempts.is_empty()).map(|attempt| relative(&job.attempt(attempt), store.layout()));
     NodeReport {
+        settings: planned.node.typed(),
         planned: planned.clone(),
         seconds: seconds(&state, seen.map(|seen| (seen.started_ms, seen.since_ms)), manifest.as_ref()),
         failures: seen.map_or(0, |seen| seen.failures),

@@ -32,7 +32,7 @@ struct Drawn<'a> {
 pub fn grids(nodes: &[NodeReport], store: &ArtifactStore) -> Vec<SampleGrid> {
     let mut groups: Vec<((&str, &BenchmarkItems), Vec<Drawn<'_>>)> = Vec::new();
     for node in nodes {
-        let Settings::Generate(generate) = &node.planned.node.settings else { continue };
+        let Some(Settings::Generate(generate)) = &node.settings else { continue };
         let Some(drawn) = drawn(node, nodes, store) else { continue };
         let key = (generate.benchmark.as_str(), &generate.items);
         match groups.iter_mut().find(|(other, _)| *other == key) {

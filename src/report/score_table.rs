@@ -28,8 +28,8 @@ fn groups(data: &ReportData) -> Vec<Group<'_>> {
     for node in &data.nodes {
         let Some(scores) = &node.scores else { continue };
         let images = node.planned.node.inputs.get("images").and_then(|images| data.node(images));
-        let items = images.and_then(|images| match &images.planned.node.settings {
-            Settings::Generate(generate) => Some(&generate.items),
+        let items = images.and_then(|images| match &images.settings {
+            Some(Settings::Generate(generate)) => Some(&generate.items),
             _ => None,
         });
         let label = images.map_or_else(|| node.name().0.clone(), |images| checkpoint_label(&data.nodes, images));

@@ -126,7 +126,7 @@ impl ArtifactStore {
         self.latest.get_or_init(|| {
             let mut latest: BTreeMap<NodeName, Manifest> = BTreeMap::new();
             for fingerprint in self.fingerprints() {
-                // Settings of an older program may not parse; such an artifact explains nothing.
+                // A folder without a readable manifest explains nothing.
                 let Ok(manifest) = read_manifest(&self.path(&fingerprint)) else { continue };
                 match latest.get(&manifest.node) {
                     Some(other) if other.sealed_ms >= manifest.sealed_ms => {}
@@ -161,8 +161,9 @@ impl Known for ArtifactStore {
             stage_kind: manifest.stage_kind,
             code_version: manifest.code_version,
             seed: manifest.seed,
-            settings: manifest.settings.clone(),
+            settings: manifest.settings.get("settings").cloned().unwrap_or_default(),
             inputs: manifest.inputs.clone(),
+            content: manifest.content.clone(),
         })
     }
 }

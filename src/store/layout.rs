@@ -13,8 +13,15 @@ use deepgen_contract::id::Fingerprint;
 pub const PLAN_FILE: &str = "plan.json";
 /// Name of the resolved pipeline in a run's folder.
 pub const RESOLVED_FILE: &str = "resolved.toml";
+/// Machine, programs and checkout of a run's newest process, in its folder.
+pub const ENVIRONMENT_FILE: &str = "environment.json";
 /// Links from node names to sealed results in a run's folder.
 pub const NODES_DIR: &str = "nodes";
+
+/// Returns the name of a patch of uncommitted changes in a run's folder, by its hash.
+pub fn changes_file(blake3: &str) -> String {
+    format!("changes-{}.diff", blake3.get(..12).unwrap_or(blake3))
+}
 
 /// The artifacts folder.
 #[derive(Debug, Clone, PartialEq, Eq)]

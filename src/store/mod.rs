@@ -9,6 +9,7 @@ pub mod layout;
 pub mod lock;
 pub mod recorder;
 pub mod runs;
+pub mod saved;
 pub mod state;
 
 pub use artifacts::ArtifactStore;

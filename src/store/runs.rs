@@ -5,59 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
 use std::path::Path;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 use serde::{Deserialize, Serialize};
 
-use super::external::write_atomically;
 use super::journal::{self, JOURNAL_FILE, JournalError, JournalRecord};
-use super::layout::{Layout, PLAN_FILE};
-use crate::plan::Plan;
+use super::layout::Layout;
+pub use super::saved::{PLAN_VERSION, SavedPlan};
 use crate::run::event::{NodeState, RunEvent, RunResult};
-use crate::spec::Sweep;
-
-/// Version of [`SavedPlan`].
-pub const PLAN_VERSION: u32 = 1;
-
-/// `plan.json`: what a run set out to do.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct SavedPlan {
-    /// [`PLAN_VERSION`] of the writer.
-    pub version: u32,
-    /// Name of the pipeline or experiment.
-    pub pipeline: String,
-    /// Chosen profile.
-    pub profile: String,
-    /// Seed of the pipeline.
-    pub seed: u64,
-    /// Its variants, when the run is a sweep.
-    pub sweep: Option<Sweep>,
-    /// Nodes with their fingerprints and the verdicts at the start of the run.
-    pub plan: Plan,
-}
-
-impl SavedPlan {
-    /// Writes the plan into a run's folder.
-    ///
-    /// # Errors
-    /// When the file system says no.
-    pub fn write(&self, run_dir: &Path) -> io::Result<()> {
-        write_atomically(&run_dir.join(PLAN_FILE), &serde_json::to_vec(self)?)
-    }
-
-    /// Reads the plan of a run.
-    ///
-    /// # Errors
-    /// When it is missing or of another program.
-    pub fn read(run_dir: &Path) -> io::Result<Self> {
-        let path = run_dir.join(PLAN_FILE);
-        let named = |error: io::Error| io::Error::new(error.kind(), format!("cannot read {}: {error}", path.display()));
-        let text = fs::read(&path).map_err(named)?;
-        serde_json::from_slice(&text).map_err(|error| named(error.into()))
-    }
-}
 
 /// One node of a run, as its events tell.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::id::{Fingerprint, NodeName};
-use crate::settings::Settings;
 use crate::stage::StageKind;
 
 /// Name of the manifest inside an artifact's folder; written last.
@@ -68,7 +68,7 @@ pub struct FileEntry {
 
 /// The machine and the program that made an artifact.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default)]
 pub struct Environment {
     /// Host name.
     pub host: String,
@@ -82,19 +82,29 @@ pub struct Environment {
     pub device: String,
     /// Threads the job was given.
     pub threads: usize,
+    /// Accelerators that the system shows, each with its driver.
+    pub gpus: Vec<String>,
     /// Version of this project.
     pub deepgen_version: String,
+    /// blake3 of the orchestrator's binary.
+    pub deepgen_blake3: String,
     /// blake3 of the worker binary.
     pub worker_blake3: String,
     /// Commit of the project's checkout, if there is one.
     pub git_commit: Option<String>,
     /// True when the checkout held uncommitted changes.
     pub git_dirty: bool,
+    /// blake3 of the uncommitted changes as a patch; the patch itself lies in the run's folder.
+    pub git_diff_blake3: Option<String>,
+    /// blake3 of the `Cargo.lock` that the orchestrator was built from.
+    pub lock_blake3: String,
 }
 
 /// Description of a sealed artifact: `manifest.json` in its folder.
+///
+/// Settings are kept as they were written, and fields that a newer program added are passed over: a manifest stays
+/// readable when a settings type changes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// [`MANIFEST_VERSION`] of the writer.
     pub version: u32,
@@ -110,12 +120,15 @@ pub struct Manifest {
     pub stage_kind: StageKind,
     /// Code version of the stage's kind.
     pub code_version: u32,
-    /// Resolved settings.
-    pub settings: Settings,
+    /// Resolved settings as [`crate::settings::Settings`] writes them: `{"stage_kind": .., "settings": {..}}`.
+    pub settings: Value,
     /// Seed of the job.
     pub seed: u64,
     /// Fingerprints of the inputs by port.
     pub inputs: BTreeMap<String, Fingerprint>,
+    /// Hashes of the external content that it was made from, by settings key; manifests of older programs have none.
+    #[serde(default)]
+    pub content: BTreeMap<String, String>,
     /// Every file but the manifest, sorted by path.
     pub files: Vec<FileEntry>,
     /// Final numbers, named `group/name`.
