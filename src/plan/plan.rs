@@ -183,7 +183,8 @@ impl Plan {
                 .iter()
                 .filter_map(|(port, input)| Some((port.as_str(), &plan.nodes[*by_name.get(input)?])))
                 .collect();
-            let planned = plan_node(node, &inputs, known, files);
+            let needs = node.needs.iter().filter_map(|need| Some(&plan.nodes[*by_name.get(need)?])).collect();
+            let planned = plan_node(node, (&inputs, needs), known, files);
             by_name.insert(&node.name, plan.nodes.len());
             plan.nodes.push(planned);
         }
@@ -236,7 +237,7 @@ pub fn external_content(settings: &Settings, files: &dyn ExternalFiles) -> (BTre
 
 fn plan_node(
     node: &ResolvedNode,
-    inputs: &BTreeMap<&str, &PlannedNode>,
+    (inputs, needs): (&BTreeMap<&str, &PlannedNode>, Vec<&PlannedNode>),
     known: &dyn Known,
     files: &dyn ExternalFiles,
 ) -> PlannedNode {
@@ -251,10 +252,16 @@ fn plan_node(
         content: &content,
     };
     let fingerprint = identity.fingerprint();
-    missing.extend(blocked_ancestors(inputs));
+    missing.extend(blocked_ancestors(inputs.values().copied()));
+    // What a node needs is no part of its result: a sealed one asks for nothing.
+    let is_sealed = missing.is_empty() && known.is_sealed(&fingerprint);
+    if !is_sealed {
+        let waits = blocked_ancestors(needs.into_iter()).into_iter().filter(|waits| !missing.contains(waits));
+        missing.extend(waits.collect::<Vec<_>>());
+    }
     let verdict = if !missing.is_empty() {
         Verdict::Blocked(missing)
-    } else if known.is_sealed(&fingerprint) {
+    } else if is_sealed {
         Verdict::Cached
     } else {
         Verdict::Run(reason(node, &identity, fingerprint, inputs, known))
@@ -262,10 +269,10 @@ fn plan_node(
     PlannedNode { node: node.clone(), fingerprint, inputs: fingerprints, content, verdict }
 }
 
-/// Returns the nodes whose own files are missing, among the inputs and what blocks them.
-fn blocked_ancestors(inputs: &BTreeMap<&str, &PlannedNode>) -> Vec<Missing> {
+/// Returns the nodes whose own files are missing, among some nodes and what blocks them.
+fn blocked_ancestors<'a>(before: impl Iterator<Item = &'a PlannedNode>) -> Vec<Missing> {
     let mut nodes = BTreeSet::new();
-    for input in inputs.values() {
+    for input in before {
         let Verdict::Blocked(missing) = &input.verdict else { continue };
         for missing in missing {
             nodes.insert(match missing {

@@ -72,7 +72,9 @@ pub fn nearest<'a>(found: &str, valid: &[&'a str]) -> Option<&'a str> {
         // A name that holds the other whole, such as `lr` for `learning_lr`, is near whatever its length.
         let is_part = found.len() > 2 && (name.contains(found) || found.contains(name) && name.len() > 2);
         let edits = strsim::damerau_levenshtein(&found.to_lowercase(), &name.to_lowercase());
-        let allowed = (found.chars().count().max(name.chars().count()) / 3).max(1);
+        let length = found.chars().count().max(name.chars().count());
+        // Of two single letters each is near the other, which says nothing.
+        let allowed = (length / 3).max(usize::from(length > 1));
         (edits <= allowed || is_part).then_some(edits)
     };
     valid.iter().filter_map(|name| Some((score(name)?, *name))).min().map(|(_, name)| name)

@@ -10,6 +10,7 @@
 //! - A name lists axis values in order: those of the inputs first, then the node's own as written:
 //!   `images[geneval,handoff-2]`. In `inputs`, in `--set` and in `[node."..."]`, a name with some of the values selects
 //!   all instances that have them.
+//! - `needs` multiplies nothing: a node waits for all instances it names that agree with its own axis values.
 //!
 //! Knows nothing of stages: it sees tables, wires and values.
 
@@ -65,6 +66,8 @@ pub struct Instance {
     pub points: Vec<Point>,
     /// Instance wired to each port.
     pub inputs: BTreeMap<String, usize>,
+    /// Instances that must be done before.
+    pub needs: Vec<usize>,
 }
 
 impl Instance {
@@ -90,8 +93,9 @@ pub fn expand(tables: &[NodeTable], wiring: &Wiring, problems: &mut Vec<Diagnost
             let labels: Vec<&str> = points.iter().map(Point::label).collect();
             let base = &tables[at].name;
             let name = if labels.is_empty() { base.clone() } else { format!("{base}[{}]", labels.join(",")) };
+            let needs = Known { all: &all, by_table: &by_table }.needed(&points, &wiring.wires[at].needs);
             by_table[at].push(all.len());
-            all.push(Instance { table: at, name: NodeName(name), points, inputs });
+            all.push(Instance { table: at, name: NodeName(name), points, inputs, needs });
         }
     }
     all
@@ -160,6 +164,26 @@ impl Known<'_> {
                 .collect();
         }
         drafts
+    }
+
+    /// Returns every instance that these references select and that agrees with the axis values of `points`.
+    fn needed(&self, points: &[Point], references: &[Reference]) -> Vec<usize> {
+        let mut needed: Vec<usize> = Vec::new();
+        for reference in references {
+            let agrees = |other: &Instance| {
+                other.points.iter().all(|theirs| {
+                    let same = points.iter().find(|ours| ours.axis.identity == theirs.axis.identity);
+                    let is_chosen = reference.labels.iter().any(|label| label == theirs.label());
+                    is_chosen || same.is_none_or(|ours| ours.value == theirs.value)
+                })
+            };
+            let candidates = self.by_table[reference.table].iter().copied();
+            let fits = |at: &usize| self.all[*at].has_labels(&reference.labels) && agrees(&self.all[*at]);
+            needed.extend(candidates.filter(fits));
+        }
+        needed.sort_unstable();
+        needed.dedup();
+        needed
     }
 
     /// Returns `draft` with `port` wired to each fitting instance.

@@ -3,7 +3,29 @@
 //! Knows no file format; each format asks for its own keys.
 
 use super::diagnostic::Diagnostic;
+use super::policy::{parse_gib, parse_seconds};
 use super::tree::{Spot, Table, Tree, Value};
+
+/// One slot of a table of slots.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SlotTable {
+    /// Its name.
+    pub name: String,
+    /// Place of the name.
+    pub spot: Spot,
+    /// Share or capacity; of identities their number, of memory GiB.
+    pub amount: f64,
+    /// Identities, where they are listed.
+    pub ids: Option<Vec<u32>>,
+}
+
+fn number_of(value: &Value) -> Option<f64> {
+    match *value {
+        Value::Int(number) => Some(number as f64),
+        Value::Float(number) => Some(number).filter(|number| number.is_finite()),
+        _ => None,
+    }
+}
 
 /// A table being read.
 pub struct Fields<'a, 'p> {
@@ -63,27 +85,111 @@ impl<'a, 'p> Fields<'a, 'p> {
         None
     }
 
-    /// Returns a table with a number of 0 or more for each name.
-    pub fn amounts(&mut self, name: &str) -> Option<std::collections::BTreeMap<String, (f64, Spot)>> {
+    /// Returns a whole number, negative or not.
+    pub fn int(&mut self, name: &str) -> Option<i64> {
         let tree = self.tree(name)?;
-        let Some(table) = tree.table() else {
-            self.expected(name, tree, "a table of numbers");
-            return None;
-        };
-        let mut amounts = std::collections::BTreeMap::new();
-        for (key, entry) in table {
-            let amount = match entry.tree.value {
-                Value::Int(number) => number as f64,
-                Value::Float(number) => number,
-                _ => f64::NAN,
-            };
-            if amount >= 0.0 && amount.is_finite() {
-                amounts.insert(key.clone(), (amount, entry.key.clone()));
-            } else {
-                self.expected(&format!("{name}.{key}"), &entry.tree, "a number of 0 or more");
+        match &tree.value {
+            Value::Int(number) => return Some(*number),
+            _ => self.expected(name, tree, "a whole number"),
+        }
+        None
+    }
+
+    /// Returns a number, with or without a fraction, that is at least `least`.
+    pub fn number(&mut self, name: &str, least: f64) -> Option<f64> {
+        let tree = self.tree(name)?;
+        let number = number_of(&tree.value).filter(|number| *number >= least);
+        if number.is_none() {
+            self.expected(name, tree, &format!("a number of {least} or more"));
+        }
+        number
+    }
+
+    /// Returns `true` or `false`.
+    pub fn truth(&mut self, name: &str) -> Option<bool> {
+        let tree = self.tree(name)?;
+        match &tree.value {
+            Value::Bool(truth) => return Some(*truth),
+            _ => self.expected(name, tree, "true or false"),
+        }
+        None
+    }
+
+    /// Returns a time in seconds: a number of seconds, or a text such as `2h30m`.
+    pub fn seconds(&mut self, name: &str) -> Option<f64> {
+        let tree = self.tree(name)?;
+        let expectation = "a time such as \"2h30m\", or seconds";
+        match &tree.value {
+            Value::Text(text) => match parse_seconds(text) {
+                Ok(seconds) => return Some(seconds),
+                Err(message) => self.wrong(name, tree, message),
+            },
+            value => match number_of(value).filter(|seconds| *seconds >= 0.0) {
+                Some(seconds) => return Some(seconds),
+                None => self.expected(name, tree, expectation),
+            },
+        }
+        None
+    }
+
+    /// Returns a list of texts with their places.
+    pub fn texts(&mut self, name: &str) -> Vec<(String, Spot)> {
+        let mut texts = Vec::new();
+        for item in self.list(name) {
+            match item.text() {
+                Some(text) => texts.push((text.to_owned(), item.spot.clone())),
+                None => self.expected(name, item, "a list of texts"),
             }
         }
-        Some(amounts)
+        texts
+    }
+
+    /// Returns shares or capacities of slots: for each name a number of 0 or more, a list of identities, or, of memory,
+    /// an amount such as `16GiB`.
+    pub fn slots(&mut self, name: &str) -> Option<Vec<SlotTable>> {
+        let mut slots = Vec::new();
+        self.tree(name)?;
+        for (slot, spot, tree) in self.entries(name) {
+            let key = format!("{name}.{slot}");
+            let mut found = SlotTable { name: slot.to_owned(), spot: spot.clone(), amount: 0.0, ids: None };
+            match &tree.value {
+                Value::List(items) => {
+                    let id = |item: &Tree| match item.value {
+                        Value::Int(id) => u32::try_from(id).ok(),
+                        _ => None,
+                    };
+                    let ids: Option<Vec<u32>> = items.iter().map(id).collect();
+                    let is_distinct = |ids: &Vec<u32>| (1..ids.len()).all(|at| !ids[..at].contains(&ids[at]));
+                    let Some(ids) = ids.filter(|ids| !ids.is_empty() && is_distinct(ids)) else {
+                        self.expected(&key, tree, "a list of different whole numbers, such as [0, 1]");
+                        continue;
+                    };
+                    (found.amount, found.ids) = (ids.len() as f64, Some(ids));
+                }
+                Value::Text(text) if slot == "memory" => match parse_gib(text) {
+                    Ok(gib) => found.amount = gib,
+                    Err(message) => {
+                        self.wrong(&key, tree, message);
+                        continue;
+                    }
+                },
+                value => match number_of(value).filter(|amount| *amount >= 0.0) {
+                    Some(amount) => found.amount = amount,
+                    None => {
+                        let or = if slot == "memory" { "GiB, or a text such as \"16GiB\"" } else { "identities" };
+                        self.expected(&key, tree, &format!("a number of 0 or more, or {or}"));
+                        continue;
+                    }
+                },
+            }
+            slots.push(found);
+        }
+        Some(slots)
+    }
+
+    fn wrong(&mut self, name: &str, tree: &Tree, message: String) {
+        let key = super::path::join(&self.key, name);
+        self.problems.push(Diagnostic::new(format!("`{key}`: {message}")).at(&tree.spot, "here"));
     }
 
     /// Returns a table's entries in order of writing.

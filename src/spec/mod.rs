@@ -8,6 +8,7 @@ mod fields;
 mod load;
 pub mod path;
 mod pipeline;
+mod policy;
 mod project;
 mod resolve;
 mod resolved;
@@ -21,5 +22,6 @@ mod wiring;
 
 pub use diagnostic::{Diagnostic, Label, Style, nearest, quoted_list, render};
 pub use load::{FileKind, Overrides, check, load, load_sweep};
+pub use policy::{Backoff, Remedies};
 pub use resolved::{Executor, MetricRef, Origin, Resolved, ResolvedNode, Sweep, Variant};
 pub use stage_file::PAPER_PROFILE;

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::diagnostic::Diagnostic;
-use super::fields::{Fields, ordered};
+use super::fields::{Fields, SlotTable, ordered};
+use super::policy::{Backoff, REMEDIES, Remedies};
 use super::tree::{self, Source, Spot, Tree, Value};
 
 /// A pipeline file after parsing.
@@ -19,6 +20,8 @@ pub struct Pipeline {
     pub seed: u64,
     /// Profile used unless the command line names another.
     pub profile: Option<(String, Spot)>,
+    /// Whether what does not depend on a failed node goes on.
+    pub keep_going: Option<bool>,
     /// Where jobs run.
     pub executor: ExecutorTable,
     /// Nodes in order of writing.
@@ -32,8 +35,8 @@ pub struct Pipeline {
 /// `[executor.local]`, or a profile's change of it.
 #[derive(Debug, Clone, Default)]
 pub struct ExecutorTable {
-    /// Capacity by name.
-    pub slots: Option<BTreeMap<String, f64>>,
+    /// Capacities.
+    pub slots: Option<Vec<SlotTable>>,
     /// Device.
     pub device: Option<String>,
     /// Threads.
@@ -55,6 +58,8 @@ pub struct NodeTable {
     pub inputs: Vec<Wire>,
     /// Axes.
     pub over: Vec<AxisTable>,
+    /// Nodes that must be done before it, in order of writing.
+    pub needs: Vec<(String, Spot)>,
     /// Changes of settings.
     pub set: Option<Tree>,
     /// Changes of how it runs.
@@ -93,8 +98,21 @@ pub struct RunTable {
     /// Further attempts.
     pub retries: Option<u32>,
     /// Shares of slots.
-    pub slots: Option<BTreeMap<String, (f64, Spot)>>,
+    pub slots: Option<Vec<SlotTable>>,
+    /// Pauses: first in seconds, factor, longest in seconds.
+    pub backoff: [Option<f64>; 3],
+    /// Remedies switched on or off, by name.
+    pub remedies: BTreeMap<String, bool>,
+    /// Longest time of an attempt in seconds; 0 for none.
+    pub timeout_s: Option<f64>,
+    /// Longest time without progress in seconds; 0 for none.
+    pub stall_s: Option<f64>,
+    /// Priority.
+    pub priority: Option<i64>,
 }
+
+/// Keys of a node that say how it runs.
+pub const RUN_KEYS: [&str; 8] = ["retries", "seed", "slots", "backoff", "remedies", "timeout", "stall", "priority"];
 
 impl RunTable {
     /// Lays `over` on top.
@@ -102,6 +120,35 @@ impl RunTable {
         self.seed = over.seed.or(self.seed);
         self.retries = over.retries.or(self.retries);
         self.slots = over.slots.clone().or_else(|| self.slots.take());
+        for (below, above) in self.backoff.iter_mut().zip(over.backoff) {
+            *below = above.or(*below);
+        }
+        self.remedies.extend(over.remedies.clone());
+        self.timeout_s = over.timeout_s.or(self.timeout_s);
+        self.stall_s = over.stall_s.or(self.stall_s);
+        self.priority = over.priority.or(self.priority);
+    }
+
+    /// Returns the pauses between attempts.
+    pub fn backoff(&self) -> Backoff {
+        let [first_s, factor, most_s] = self.backoff;
+        let default = Backoff::default();
+        Backoff {
+            first_s: first_s.unwrap_or(default.first_s),
+            factor: factor.unwrap_or(default.factor),
+            most_s: most_s.unwrap_or(default.most_s),
+        }
+    }
+
+    /// Returns what is done about failures.
+    pub fn remedies(&self) -> Remedies {
+        let mut remedies = Remedies::default();
+        for (name, is_on) in &self.remedies {
+            if let Some(switch) = remedies.switch(name) {
+                *switch = *is_on;
+            }
+        }
+        remedies
     }
 }
 
@@ -141,6 +188,7 @@ impl Pipeline {
             name: String::new(),
             seed: 0,
             profile: None,
+            keep_going: None,
             executor: ExecutorTable::default(),
             nodes: Vec::new(),
             instances: Vec::new(),
@@ -173,12 +221,13 @@ impl Pipeline {
     }
 
     fn header(&mut self, tree: &Tree, problems: &mut Vec<Diagnostic>) {
-        let known = ["name", "seed", "profile", "description"];
+        let known = ["name", "seed", "profile", "description", "keep_going"];
         let Some(mut fields) = Fields::new("pipeline", tree, &known, problems) else { return };
         fields.require("name", &tree.spot);
         self.name = fields.text("name").map_or_else(String::new, |(name, _)| name);
         self.seed = fields.whole("seed").unwrap_or(0);
         self.profile = fields.text("profile");
+        self.keep_going = fields.truth("keep_going");
         fields.text("description");
     }
 }
@@ -189,7 +238,7 @@ fn parse_executor(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) -> Exe
     let key = format!("{key}.local");
     let known = ["slots", "device", "threads", "worker"];
     let Some(mut fields) = Fields::new(&key, local, &known, problems) else { return ExecutorTable::default() };
-    let slots = fields.amounts("slots");
+    let slots = fields.slots("slots");
     let device = fields.text("device");
     let threads = fields.whole("threads").and_then(|threads| usize::try_from(threads).ok()).filter(|t| *t > 0);
     let worker = fields.text("worker").map(|(worker, _)| worker.into());
@@ -204,7 +253,6 @@ fn parse_executor(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) -> Exe
             None
         }
     });
-    let slots = slots.map(|slots| slots.into_iter().map(|(name, (amount, _))| (name, amount)).collect());
     ExecutorTable { slots, device, threads, worker }
 }
 
@@ -222,6 +270,7 @@ fn parse_node(key: &str, name: &str, spot: &Spot, tree: &Tree, problems: &mut Ve
         stage: None,
         inputs: Vec::new(),
         over: Vec::new(),
+        needs: Vec::new(),
         set: None,
         run: RunTable::default(),
     };
@@ -229,12 +278,13 @@ fn parse_node(key: &str, name: &str, spot: &Spot, tree: &Tree, problems: &mut Ve
         let message = format!("the node name `{name}` holds `{c}`, which has a meaning of its own");
         problems.push(Diagnostic::new(message).at(spot, "rename it"));
     }
-    let known = ["stage", "inputs", "set", "over", "retries", "seed", "slots"];
+    let known = [&["stage", "inputs", "needs", "set", "over"][..], &RUN_KEYS].concat();
     let mut wrong = Vec::new();
     if let Some(mut fields) = Fields::new(key, tree, &known, problems) {
         fields.require("stage", spot);
         node.stage = fields.text("stage");
-        node.run = parse_run(&mut fields);
+        node.run = parse_run(key, &mut fields, &mut wrong);
+        node.needs = fields.texts("needs");
         for (port, port_spot, value) in fields.entries("inputs") {
             match value.text() {
                 Some(text) => node.inputs.push(Wire {
@@ -257,12 +307,29 @@ fn parse_node(key: &str, name: &str, spot: &Spot, tree: &Tree, problems: &mut Ve
     node
 }
 
-fn parse_run(fields: &mut Fields<'_, '_>) -> RunTable {
-    RunTable {
+fn parse_run(key: &str, fields: &mut Fields<'_, '_>, problems: &mut Vec<Diagnostic>) -> RunTable {
+    let mut run = RunTable {
         seed: fields.whole("seed"),
-        retries: fields.whole("retries").and_then(|retries| u32::try_from(retries).ok()),
-        slots: fields.amounts("slots"),
+        retries: fields.whole("retries").map(|retries| u32::try_from(retries).unwrap_or(u32::MAX)),
+        slots: fields.slots("slots"),
+        timeout_s: fields.seconds("timeout"),
+        stall_s: fields.seconds("stall"),
+        priority: fields.int("priority"),
+        ..RunTable::default()
+    };
+    let inner = |name: &str| format!("{key}.{name}");
+    if let Some(tree) = fields.tree("backoff")
+        && let Some(mut fields) = Fields::new(&inner("backoff"), tree, &["first", "factor", "most"], problems)
+    {
+        run.backoff = [fields.seconds("first"), fields.number("factor", 1.0), fields.seconds("most")];
     }
+    if let Some(tree) = fields.tree("remedies")
+        && let Some(mut fields) = Fields::new(&inner("remedies"), tree, &REMEDIES, problems)
+    {
+        let switch = |name: &str| Some((name.to_owned(), fields.truth(name)?));
+        run.remedies = REMEDIES.into_iter().filter_map(switch).collect();
+    }
+    run
 }
 
 fn check_set(key: &str, set: Option<&Tree>, problems: &mut Vec<Diagnostic>) {
@@ -309,10 +376,13 @@ fn collect_axes(
 fn parse_instance(key: &str, name: &str, spot: &Spot, tree: &Tree, problems: &mut Vec<Diagnostic>) -> InstanceTable {
     let mut instance =
         InstanceTable { selector: name.to_owned(), spot: spot.clone(), set: None, run: RunTable::default() };
-    if let Some(mut fields) = Fields::new(key, tree, &["set", "retries", "seed", "slots"], problems) {
-        instance.run = parse_run(&mut fields);
+    let known = [&["set"][..], &RUN_KEYS].concat();
+    let mut wrong = Vec::new();
+    if let Some(mut fields) = Fields::new(key, tree, &known, problems) {
+        instance.run = parse_run(key, &mut fields, &mut wrong);
         instance.set = fields.tree("set").map(|set| set.clone().undotted());
     }
+    problems.extend(wrong);
     check_set(key, instance.set.as_ref(), problems);
     instance
 }

@@ -16,6 +16,7 @@ use deepgen_contract::stage::StageKind;
 use super::assignment::{Assignment, HEADER};
 use super::diagnostic::Diagnostic;
 use super::expand::{Instance, Point, expand};
+use super::fields::SlotTable;
 use super::path;
 use super::pipeline::{ExecutorTable, InstanceTable, NodeTable, Pipeline, RunTable};
 use super::project::Project;
@@ -79,6 +80,7 @@ pub fn resolve(
         if let Some(mut node) = node {
             let inputs = instance.inputs.iter().map(|(port, at)| (port.clone(), instances[*at].name.clone()));
             node.inputs = inputs.collect();
+            node.needs = instance.needs.iter().map(|at| instances[*at].name.clone()).collect();
             nodes.push(node);
         }
     }
@@ -92,6 +94,9 @@ pub fn resolve(
         executor,
         nodes,
         sweep: None,
+        keep_going: pipeline.keep_going.unwrap_or(true),
+        env: BTreeMap::new(),
+        left_out: BTreeMap::new(),
     };
     check_models(&resolved, &tables, problems);
     resolved
@@ -182,12 +187,22 @@ fn executor(pipeline: &Pipeline, profiles: &[String]) -> Executor {
     }
     let default_slots = || DEFAULT_SLOTS.iter().map(|(name, amount)| ((*name).to_owned(), *amount)).collect();
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let slots = merged.slots.as_ref();
     Executor {
-        slots: merged.slots.unwrap_or_else(default_slots),
+        slots: slots.map_or_else(default_slots, |slots| amounts(slots)),
+        slot_ids: slots.map_or_else(BTreeMap::new, |slots| identities(slots)),
         device: merged.device.unwrap_or_else(|| "cpu".to_owned()),
         worker: merged.worker,
         threads: merged.threads.unwrap_or_else(cores),
     }
+}
+
+fn amounts(slots: &[SlotTable]) -> BTreeMap<String, f64> {
+    slots.iter().map(|slot| (slot.name.clone(), slot.amount)).collect()
+}
+
+fn identities(slots: &[SlotTable]) -> BTreeMap<String, Vec<u32>> {
+    slots.iter().filter_map(|slot| Some((slot.name.clone(), slot.ids.clone()?))).collect()
 }
 
 /// Returns the seed, which `pipeline.seed` among the assignments may change.
@@ -281,7 +296,8 @@ impl Builder<'_> {
         fill_inherited(&mut settings, instance, shape::of(kind));
         let typed = self.typed(&settings, table, kind, is_whole)?;
         self.check_members(&settings, instance, kind);
-        let slots = self.slots(table, kind, &run);
+        let (slots, slot_ids) = self.slots(table, kind, &run);
+        let limit = |seconds: Option<f64>| seconds.filter(|seconds| *seconds > 0.0);
         let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
         settings.leaves("", &mut |key, tree| {
             origins.insert(key, tree.spot.origin());
@@ -297,7 +313,14 @@ impl Builder<'_> {
             device: if kind.uses_device() { self.executor.device.clone() } else { "cpu".to_owned() },
             threads: if kind.uses_device() { self.executor.threads } else { 1 },
             slots,
+            slot_ids,
+            needs: Vec::new(),
             retries: run.retries.unwrap_or(0),
+            backoff: run.backoff(),
+            remedies: run.remedies(),
+            timeout_s: limit(run.timeout_s),
+            stall_s: limit(run.stall_s),
+            priority: run.priority.unwrap_or(0),
         })
     }
 
@@ -338,26 +361,48 @@ impl Builder<'_> {
         }
     }
 
-    fn slots(&mut self, table: &NodeTable, kind: StageKind, run: &RunTable) -> BTreeMap<String, f64> {
-        let capacity = &self.executor.slots;
+    /// Returns a node's shares and the identities it asks for; reports what the executor never has.
+    fn slots(&mut self, table: &NodeTable, kind: StageKind, run: &RunTable) -> Shares {
+        let Executor { slots: capacity, slot_ids, .. } = self.executor;
         let Some(slots) = &run.slots else {
             let name = if kind.uses_device() && capacity.contains_key("gpu") { "gpu" } else { "cpu" };
-            return capacity.get(name).map(|most| (name.to_owned(), most.min(1.0))).into_iter().collect();
+            let share = capacity.get(name).map(|most| (name.to_owned(), most.min(1.0)));
+            return (share.into_iter().collect(), BTreeMap::new());
         };
-        for (name, (amount, spot)) in slots {
-            let problem = match capacity.get(name) {
-                Some(most) if amount > most => {
-                    let message = format!("`{}` takes {amount} `{name}` slots, but there are {most}", table.name);
-                    Diagnostic::new(message).at(spot, "never to be had")
-                }
-                Some(_) => continue,
-                None => Diagnostic::new(format!("there are no `{name}` slots"))
+        for SlotTable { name, spot, amount, ids } in slots {
+            let there = |id: &u32| match slot_ids.get(name) {
+                Some(ids) => ids.contains(id),
+                None => capacity.get(name).is_some_and(|most| f64::from(*id) < *most),
+            };
+            let absent = ids.iter().flatten().find(|id| !there(id));
+            let problem = match (capacity.get(name), absent) {
+                (None, _) => Diagnostic::new(format!("there are no `{name}` slots"))
                     .at(spot, "unknown slot")
                     .nearest(name, capacity.keys().map(String::as_str)),
+                (Some(_), Some(id)) => Diagnostic::new(format!("`{}` asks for `{name}` {id}", table.name))
+                    .at(spot, "not among the executor's")
+                    .help(format!("the executor has {}", listed(name, capacity, slot_ids))),
+                (Some(most), None) if amount > most => {
+                    let message = format!("`{}` takes {amount} `{name}` slots, but there are {most}", table.name);
+                    Diagnostic::new(message)
+                        .at(spot, "never to be had")
+                        .help(format!("ask for less, or raise `executor.local.slots.{name}`"))
+                }
+                (Some(_), None) => continue,
             };
             self.problems.push(problem);
         }
-        slots.iter().map(|(name, (amount, _))| (name.clone(), *amount)).collect()
+        (amounts(slots), identities(slots))
+    }
+}
+
+type Shares = (BTreeMap<String, f64>, BTreeMap<String, Vec<u32>>);
+
+/// Returns the identities of a slot in words.
+fn listed(name: &str, capacity: &BTreeMap<String, f64>, ids: &BTreeMap<String, Vec<u32>>) -> String {
+    match ids.get(name) {
+        Some(ids) => format!("`{name}` {ids:?}"),
+        None => format!("{} of `{name}`, counted from 0", capacity.get(name).copied().unwrap_or(0.0)),
     }
 }
 

@@ -11,6 +11,8 @@ use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
 use serde::{Deserialize, Serialize};
 
+use super::policy::{Backoff, Remedies};
+
 /// A pipeline after merging, expansion and checking: nothing is left to guess.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -33,6 +35,24 @@ pub struct Resolved {
     pub nodes: Vec<ResolvedNode>,
     /// What stands for what in each variant, when this is a sweep.
     pub sweep: Option<Sweep>,
+    /// False when nothing new may start after the first node that failed: its descendants are blocked, and everything
+    /// else is left as it is for the next run. True lets all that does not depend on the failure run.
+    #[serde(default = "yes")]
+    pub keep_going: bool,
+    /// Values of the variables that `[env]` declares, as they were used: they are settings by way of `${env.NAME}`.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Nodes of the file that are not in this plan, each with the reason: a condition that does not hold.
+    #[serde(default)]
+    pub left_out: BTreeMap<NodeName, String>,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Resolved {
@@ -46,8 +66,12 @@ impl Resolved {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Executor {
-    /// Capacity by name, such as `gpu` and `cpu`; a node takes its share while it runs.
+    /// Capacity by name, such as `gpu` and `cpu`; a node takes its share while it runs. `memory` is counted in GiB.
     pub slots: BTreeMap<String, f64>,
+    /// Identities of the slots that have some, such as the GPUs 2 and 3 of a machine; as many as the capacity. A slot
+    /// that is not here has the identities from 0 up to its capacity.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub slot_ids: BTreeMap<String, Vec<u32>>,
     /// `cpu`, `wgpu[:i]` or `cuda[:i]`.
     pub device: String,
     /// Worker binary, when it is not the one beside this program.
@@ -78,10 +102,37 @@ pub struct ResolvedNode {
     pub device: String,
     /// Threads of the job.
     pub threads: usize,
-    /// Share of the executor's slots that the job takes.
+    /// Share of the executor's slots that the job takes. A share of at most 1 of `gpu` lies on one GPU; a larger one
+    /// takes whole GPUs, and the job's device names the first of them (`cuda:1`).
     pub slots: BTreeMap<String, f64>,
-    /// Further attempts after one that failed for a cause that may pass.
+    /// Identities that the job must have, where the file lists them (`gpu = [0, 1]`): all of each is taken, and its
+    /// share in `slots` is their number. The node waits until exactly these are free.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub slot_ids: BTreeMap<String, Vec<u32>>,
+    /// Nodes that must be done before this one starts though it reads nothing of them. As with inputs, it is blocked
+    /// when one of them fails; unlike inputs they are no part of its fingerprint, and a cached node does not run again
+    /// because one of them does.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub needs: Vec<NodeName>,
+    /// Further attempts after one that failed for a cause that may pass, or for which a remedy is switched on.
     pub retries: u32,
+    /// Pauses between attempts.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub backoff: Backoff,
+    /// What is done about a failure before the next attempt.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub remedies: Remedies,
+    /// Longest time of one attempt in seconds. An attempt that is over it is stopped gently (its worker writes a
+    /// checkpoint), counts as failed and, while retries are left, is followed by one that goes on from there.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub timeout_s: Option<f64>,
+    /// An attempt whose worker reports nothing (no step, no event, no checkpoint) for this many seconds is stalled:
+    /// see [`Remedies::stalled`]. None never calls it so.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub stall_s: Option<f64>,
+    /// Of the nodes that are ready and fit, those of the highest priority start first; equal ones in order of the plan.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub priority: i64,
 }
 
 /// Where a value was written.

@@ -223,7 +223,8 @@ fn unite(tables: &[VariantTable], resolved: &[Resolved]) -> (Vec<ResolvedNode>, 
                 let name = NodeName(format!("{}{suffix}", node.name));
                 let inputs =
                     node.inputs.iter().map(|(port, input)| (port.clone(), stands_for[input].clone())).collect();
-                nodes.push(ResolvedNode { name: name.clone(), inputs, ..node.clone() });
+                let needs = node.needs.iter().map(|need| stands_for[need].clone()).collect();
+                nodes.push(ResolvedNode { name: name.clone(), inputs, needs, ..node.clone() });
                 name
             });
             stands_for.insert(node.name.clone(), name.clone());

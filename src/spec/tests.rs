@@ -367,3 +367,73 @@ fn the_files_of_this_project_have_no_problems() {
     }
     assert!(num >= 10, "only {num} files were found");
 }
+
+#[test]
+fn how_a_node_runs_is_read_merged_and_no_part_of_its_result() {
+    let text = r#"
+        [pipeline]
+        name = "p"
+        keep_going = false
+        [executor.local]
+        slots = { gpu = [2, 3], cpu = 4, memory = "64GiB", license = 1 }
+        [node.a]
+        stage = "prepare"
+        set = { source = { kind = "prompts", path = "p.txt" } }
+        over = { nominal_size = [1, 2] }
+        [node.first]
+        stage = "prepare"
+        set = { source = { kind = "prompts", path = "q.txt" } }
+        needs = ["a[2]"]
+        [node.b]
+        stage = "mix"
+        inputs = { a = "a" }
+        needs = ["first", "a"]
+        retries = 3
+        timeout = "2h30m"
+        stall = "10m"
+        priority = 5
+        backoff = { first = "10s", most = "5m" }
+        remedies = { non_finite = false }
+        slots = { gpu = [3], memory = "512MiB", license = 1 }
+        [profile.tiny.node.b]
+        backoff.factor = 3
+        remedies.lost = false
+        [node."b[2]"]
+        slots = { cpu = 0.5 }
+        stall = 0
+    "#;
+    let project = Project::new(&[("pipelines/p.toml", text)]);
+    let resolved = load(&project.path("pipelines/p.toml"), &Overrides::default()).unwrap();
+    assert!(!resolved.keep_going);
+    assert_eq!(resolved.executor.slot_ids["gpu"], [2, 3]);
+    assert_eq!((resolved.executor.slots["gpu"], resolved.executor.slots["memory"]), (2.0, 64.0));
+    let one = node(&resolved, "b[1]");
+    assert_eq!((one.retries, one.priority, one.timeout_s, one.stall_s), (3, 5, Some(9000.0), Some(600.0)));
+    assert_eq!((one.backoff.first_s, one.backoff.factor, one.backoff.most_s), (10.0, 3.0, 300.0));
+    assert_eq!([one.remedies.out_of_memory, one.remedies.non_finite, one.remedies.lost], [true, false, false]);
+    assert_eq!((&one.slot_ids["gpu"], one.slots["gpu"], one.slots["memory"]), (&vec![3], 1.0, 0.5));
+    let needs = |name| node(&resolved, name).needs.iter().map(|need| need.0.as_str()).collect::<Vec<_>>();
+    assert_eq!(
+        (needs("b[1]"), needs("b[2]"), needs("first")),
+        (vec!["a[1]", "first"], vec!["a[2]", "first"], vec!["a[2]"])
+    );
+    let two = node(&resolved, "b[2]");
+    assert_eq!((two.stall_s, two.slots.len(), two.slot_ids.len()), (None, 1, 0));
+
+    let saved = serde_json::to_string(&resolved).unwrap();
+    assert_eq!(serde_json::from_str::<Resolved>(&saved).unwrap(), resolved);
+    let plain = serde_json::to_value(node(&full(None, &[]), "sft")).unwrap();
+    let written = plain.as_object().unwrap().keys().map(String::as_str).collect::<Vec<_>>();
+    assert!(!written.contains(&"needs") && written.contains(&"retries"), "a plan of before reads: {written:?}");
+    assert_eq!(serde_json::from_value::<ResolvedNode>(plain).unwrap(), *node(&full(None, &[]), "sft"));
+}
+
+#[test]
+fn slots_and_needs_that_cannot_be_had_are_shown() {
+    let text = "[pipeline]\nname = \"p\"\n[executor.local]\nslots = { gpu = [2, 3], cpu = 4, memory = \"64GB\" }\n\
+                [node.a]\nstage = \"prepare\"\nset = { source = { kind = \"prompts\", path = \"p.txt\" } }\n\
+                slots = { gpu = [0] }\nneeds = [\"b\", \"c\"]\n\
+                [node.b]\nstage = \"mix\"\ninputs = { a = \"a\" }\ntimeout = \"2 hours\"\nstall = -1\nremedies = { nan = true }\n\
+                slots = { cpu = 5, cqu = 1 }\nbackoff = { factor = 0.5 }\n";
+    insta::assert_snapshot!(problems_of(text));
+}

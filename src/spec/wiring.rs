@@ -33,6 +33,8 @@ pub struct Wires {
     pub fixed: Vec<(String, Reference)>,
     /// The nodes of each value of an `input.PORT` axis, by the axis' place among the node's axes.
     pub by_axis: BTreeMap<usize, Vec<Option<Reference>>>,
+    /// Nodes that must be done before, in order of writing.
+    pub needs: Vec<Reference>,
     /// False when a wire of the node, or of an ancestor, was left out.
     pub is_whole: bool,
 }
@@ -73,7 +75,8 @@ pub fn wire(tables: &[NodeTable], kinds: &[Option<StageKind>], problems: &mut Ve
 
 fn targets(wires: &Wires) -> impl Iterator<Item = usize> + '_ {
     let by_axis = wires.by_axis.values().flatten().flatten();
-    wires.fixed.iter().map(|(_, reference)| reference).chain(by_axis).map(|reference| reference.table)
+    let fixed = wires.fixed.iter().map(|(_, reference)| reference);
+    fixed.chain(by_axis).chain(&wires.needs).map(|reference| reference.table)
 }
 
 struct Nodes<'a> {
@@ -118,6 +121,7 @@ impl Nodes<'_> {
             wires.by_axis.insert(at, references);
         }
         self.missing_ports(table, kind, &wired);
+        wires.needs = table.needs.iter().filter_map(|(node, spot)| self.reference((node, spot), kind, None)).collect();
         wires
     }
 
@@ -223,6 +227,7 @@ fn order(tables: &[NodeTable], wires: &mut [Wires], problems: &mut Vec<Diagnosti
             let wires = &mut wires[at];
             wires.is_whole = false;
             wires.fixed.retain(|(_, reference)| !members.contains(&reference.table));
+            wires.needs.retain(|reference| !members.contains(&reference.table));
             for reference in wires.by_axis.values_mut().flatten() {
                 if reference.as_ref().is_some_and(|reference| members.contains(&reference.table)) {
                     *reference = None;
@@ -276,8 +281,12 @@ fn cycle(tables: &[NodeTable], wires: &[Wires], members: &[usize]) -> Diagnostic
     for (position, &at) in round.iter().enumerate() {
         let source = round[(position + round.len() - 1) % round.len()];
         let wire = tables[at].inputs.iter().find(|wire| split_selector(&wire.node).0 == tables[source].name);
-        let spot = wire.map_or(&tables[at].spot, |wire| &wire.node_spot);
-        problem = problem.at(spot, format!("`{}` reads `{}`", tables[at].name, tables[source].name));
+        let need = tables[at].needs.iter().find(|(need, _)| split_selector(need).0 == tables[source].name);
+        let (verb, spot) = match (wire, need) {
+            (None, Some((_, spot))) => ("needs", spot),
+            (wire, _) => ("reads", wire.map_or(&tables[at].spot, |wire| &wire.node_spot)),
+        };
+        problem = problem.at(spot, format!("`{}` {verb} `{}`", tables[at].name, tables[source].name));
     }
-    problem.help("a node can only read what was made before it")
+    problem.help("a node can only read or need what was made before it")
 }
