@@ -35,6 +35,8 @@ enum Command {
     Plan(commands::plan::PlanArgs),
     /// Show a node's settings with the origin of every value, and why it would run
     Explain(commands::explain::ExplainArgs),
+    /// Declare that a node's change is without effect: its newest sealed result is used
+    Accept(commands::accept::AcceptArgs),
     /// Check a pipeline's files, or sealed artifacts
     Check(commands::check::CheckArgs),
     /// Show where a run stands; works while it goes on
@@ -104,6 +106,7 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Sweep(args) => commands::run::sweep(args),
         Command::Plan(args) => commands::plan::plan(args),
         Command::Explain(args) => commands::explain::explain(args),
+        Command::Accept(args) => commands::accept::accept(args),
         Command::Check(args) => commands::check::check(args),
         Command::Status(args) => commands::status::status(args),
         Command::Logs(args) => commands::logs::logs(args),

@@ -6,11 +6,14 @@ use std::io::IsTerminal;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use deepgen_contract::id::NodeName;
 
-use crate::plan::Plan;
+use crate::cli::Wrong;
+use crate::plan::{Plan, PlannedNode};
 use crate::spec::{self, Diagnostic, Overrides, Resolved, Style};
 use crate::store::{ArtifactStore, FileHashes, Layout};
 
+pub mod accept;
 pub mod check;
 pub mod explain;
 pub mod logs;
@@ -61,19 +64,44 @@ pub fn show(problems: &[Diagnostic]) {
 /// # Errors
 /// When the working directory is gone.
 pub fn planned(resolved: &Resolved, folder: Option<&Path>) -> Result<Plan> {
+    Ok(results_of(resolved, folder)?.0)
+}
+
+/// Plans as [`planned`] does, and returns the store that the plan was made against too.
+///
+/// # Errors
+/// When the working directory is gone.
+pub fn results_of(resolved: &Resolved, folder: Option<&Path>) -> Result<(Plan, ArtifactStore)> {
     let layout = match folder {
         Some(_) => artifacts_layout(folder)?,
         None => Layout::new(resolved.root.join("artifacts")),
     };
     let hashes = FileHashes::open(resolved.root.clone(), layout.state().join("external.json"));
-    let plan = Plan::build(resolved, &ArtifactStore::open(layout.clone()), &hashes);
+    let store = ArtifactStore::open(layout.clone());
+    let plan = Plan::build(resolved, &store, &hashes);
     // Planning leaves no trace where nothing was run yet.
     if layout.state().is_dir()
         && let Err(error) = hashes.save()
     {
         tracing::warn!(%error, "hashes of external files will be computed again next time");
     }
-    Ok(plan)
+    Ok((plan, store))
+}
+
+/// Returns the nodes of a name: one, or each instance when the name has axes and none is given.
+///
+/// # Errors
+/// When there is none, with the nearest name.
+pub fn choose_nodes<'a>(plan: &'a Plan, name: &str) -> Result<Vec<&'a PlannedNode>> {
+    let exact = plan.node(&NodeName(name.to_owned()));
+    let of_base = || plan.nodes.iter().filter(|planned| planned.node.name.base() == name).collect();
+    let chosen: Vec<&PlannedNode> = exact.map_or_else(of_base, |planned| vec![planned]);
+    if chosen.is_empty() {
+        let names: Vec<&str> = plan.nodes.iter().map(|planned| planned.node.name.0.as_str()).collect();
+        let hint = spec::nearest(name, &names).map_or(String::new(), |name| format!(": did you mean `{name}`?"));
+        return Err(Wrong(format!("there is no node `{name}`{hint}")).into());
+    }
+    Ok(chosen)
 }
 
 /// Returns where results lie: `folder`, or `artifacts/` in the project around the working directory.

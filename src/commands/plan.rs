@@ -1,17 +1,23 @@
-//! `deepgen plan`: what a run would do and why, without doing it.
+//! `deepgen plan`: what a run would do, why, and what that is expected to cost, without doing it.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use deepgen_contract::id::NodeName;
 use serde::Serialize;
 
-use super::{Overriding, load_or_report, planned};
-use crate::cli::Exit;
-use crate::plan::{Missing, PlannedNode, TrainingSizes, Verdict, render, training_sizes};
+use super::{Overriding, load_or_report, results_of};
+use crate::cli::{Exit, Wrong};
+use crate::plan::{
+    Cost, Costs, Difference, Missing, Plan, PlannedNode, Reason, TrainingSizes, Verdict, render, training_sizes,
+};
+use crate::progress::format::count;
 use crate::spec::{PAPER_PROFILE, Resolved, Sweep};
+use crate::store::{ArtifactStore, history};
 
-/// Version of what `--json` prints.
-const JSON_VERSION: u32 = 1;
+/// Version of what `--json` prints: 2 added the reason's parts, differences and costs.
+const JSON_VERSION: u32 = 2;
 
 /// Arguments of `deepgen plan`.
 #[derive(Debug, clap::Args)]
@@ -20,9 +26,15 @@ pub struct PlanArgs {
     pub file: PathBuf,
     #[command(flatten)]
     pub overriding: Overriding,
-    /// Print parameter counts, iterations and batches too; the paper profile always does
+    /// List everything that differs from the newest result of each node, not the first of it alone
+    #[arg(long, short)]
+    pub verbose: bool,
+    /// Print parameters, FLOPs, memory, iterations and batches of training too; the paper profile always does
     #[arg(long)]
     pub sizes: bool,
+    /// End with exit code 2 when what will run is expected to take more GPU-hours, or nobody knows how many
+    #[arg(long, value_name = "X")]
+    pub max_gpu_hours: Option<f64>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -39,9 +51,19 @@ struct PlanJson<'a> {
     profile: &'a str,
     seed: u64,
     nodes: Vec<NodeJson<'a>>,
+    /// Sums over the nodes that will run; those without a record are named, not counted.
+    cost: TotalJson<'a>,
     sweep: Option<&'a Sweep>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     sizes: Vec<TrainingSizes>,
+}
+
+#[derive(Debug, Serialize)]
+struct TotalJson<'a> {
+    seconds: f64,
+    gpu_hours: f64,
+    bytes: u64,
+    unknown: &'a [NodeName],
 }
 
 /// A node as `--json` prints it.
@@ -51,21 +73,33 @@ struct NodeJson<'a> {
     stage: &'a str,
     kind: &'static str,
     fingerprint: String,
-    inputs: &'a std::collections::BTreeMap<String, deepgen_contract::id::NodeName>,
+    /// Its own identity, where a person accepted another's result in its place.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stands_for: Option<String>,
+    inputs: &'a BTreeMap<String, NodeName>,
     verdict: String,
     /// Why it runs, in words.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<String>,
+    /// Why it runs, in parts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    why: Option<&'a Reason>,
+    /// Everything that differs from its newest result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    differences: Option<&'a Vec<Difference>>,
+    /// What it is expected to cost; nothing when no like node ran before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cost: Option<&'a Cost>,
     #[serde(skip_serializing_if = "<[Missing]>::is_empty")]
     missing: &'a [Missing],
 }
 
 impl<'a> NodeJson<'a> {
-    fn new(planned: &'a PlannedNode) -> Self {
-        let PlannedNode { node, fingerprint, verdict, .. } = planned;
-        let (reason, missing): (_, &[Missing]) = match verdict {
+    fn new(planned: &'a PlannedNode, costs: &'a Costs, changes: &'a BTreeMap<NodeName, Vec<Difference>>) -> Self {
+        let PlannedNode { node, fingerprint, stands_for, verdict, .. } = planned;
+        let (why, missing): (_, &[Missing]) = match verdict {
             Verdict::Cached => (None, &[]),
-            Verdict::Run(reason) => (Some(reason.to_string()), &[]),
+            Verdict::Run(reason) => (Some(reason), &[]),
             Verdict::Blocked(missing) => (None, missing),
         };
         Self {
@@ -73,9 +107,13 @@ impl<'a> NodeJson<'a> {
             stage: &node.stage,
             kind: node.kind.name(),
             fingerprint: fingerprint.to_string(),
+            stands_for: stands_for.map(|own| own.to_string()),
             inputs: &node.inputs,
             verdict: verdict.to_string(),
-            reason,
+            reason: why.map(Reason::to_string),
+            why,
+            differences: changes.get(&node.name),
+            cost: costs.nodes.get(&node.name),
             missing,
         }
     }
@@ -84,26 +122,72 @@ impl<'a> NodeJson<'a> {
 /// Prints the plan.
 ///
 /// # Errors
-/// When the working directory is gone.
+/// When the working directory is gone, or the plan is dearer than allowed.
 pub fn plan(args: &PlanArgs) -> Result<Exit> {
     let Some(resolved) = load_or_report(&args.file, &args.overriding, false) else { return Ok(Exit::Wrong) };
-    let plan = planned(&resolved, args.artifacts.as_deref())?;
+    let (plan, store) = results_of(&resolved, args.artifacts.as_deref())?;
+    let costs = costs(&plan, &store);
     let has_sizes = args.sizes || resolved.profile == PAPER_PROFILE;
     let sizes = if has_sizes { training_sizes(&resolved) } else { Vec::new() };
+    let changes = if args.verbose || args.json { changes(&plan, &store) } else { BTreeMap::new() };
     if args.json {
         let Resolved { name, profile, seed, sweep, .. } = &resolved;
+        let Costs { seconds, gpu_hours, bytes, unknown, .. } = &costs;
         let json = PlanJson {
             version: JSON_VERSION,
             name,
             profile,
             seed: *seed,
-            nodes: plan.nodes.iter().map(NodeJson::new).collect(),
+            nodes: plan.nodes.iter().map(|planned| NodeJson::new(planned, &costs, &changes)).collect(),
+            cost: TotalJson { seconds: *seconds, gpu_hours: *gpu_hours, bytes: *bytes, unknown },
             sweep: sweep.as_ref(),
             sizes: sizes.into_iter().filter_map(Result::ok).collect(),
         };
         println!("{}", serde_json::to_string_pretty(&json)?);
-        return Ok(Exit::Done);
+    } else {
+        print!("{}{}", render::plan(&resolved, &plan, &costs, &changes), render::sizes(&sizes));
     }
-    print!("{}{}", render::plan(&resolved, &plan), render::sizes(&sizes));
+    if let Some(most) = args.max_gpu_hours {
+        refuse_dear(&costs, most)?;
+    }
     Ok(Exit::Done)
+}
+
+/// Returns what the nodes that will run are expected to cost.
+pub fn costs(plan: &Plan, store: &ArtifactStore) -> Costs {
+    let past = if plan.is_cached() { Vec::new() } else { history::read(store) };
+    Costs::of(plan, &past)
+}
+
+/// Returns everything that differs from the newest result, of each node that has one and will run or is accepted.
+fn changes(plan: &Plan, store: &ArtifactStore) -> BTreeMap<NodeName, Vec<Difference>> {
+    let will_run = |planned: &&PlannedNode| matches!(planned.verdict, Verdict::Run(_)) || planned.stands_for.is_some();
+    let changes = |planned: &PlannedNode| Some((planned.node.name.clone(), Plan::differences(planned, store)?));
+    plan.nodes.iter().filter(will_run).filter_map(changes).collect()
+}
+
+/// Refuses what is expected to take more than `most` GPU-hours, or takes nobody knows how many.
+///
+/// # Errors
+/// Says how many are expected, and of which nodes nothing is known.
+pub fn refuse_dear(costs: &Costs, most: f64) -> Result<()> {
+    let unknown = &costs.unknown_on_gpu;
+    if costs.gpu_hours > most {
+        let more =
+            if unknown.is_empty() { String::new() } else { format!(", {} not counted", count(unknown.len(), "node")) };
+        let text = format!("{:.2} GPU-hours are expected{more}, more than the {most} allowed", costs.gpu_hours);
+        return Err(Wrong(format!("{text}; nothing was started")).into());
+    }
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<&str> = unknown.iter().take(3).map(|node| node.0.as_str()).collect();
+    let more = if unknown.len() > 3 { ", ..." } else { "" };
+    Err(Wrong(format!(
+        "no earlier run tells how many GPU-hours {} take ({}{more}), so {most} cannot be promised; nothing was started. \
+         A short run of the same stages, as --smoke makes, tells",
+        count(unknown.len(), "node"),
+        names.join(", ")
+    ))
+    .into())
 }

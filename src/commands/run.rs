@@ -56,6 +56,9 @@ pub struct How {
     /// Run at most this many workers at a time, whatever the slots allow
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub jobs: Option<u64>,
+    /// Start nothing when what will run is expected to take more GPU-hours, or nobody knows how many
+    #[arg(long, value_name = "X")]
+    pub max_gpu_hours: Option<f64>,
     /// Tell only how the run ends
     #[arg(long, short, conflicts_with = "json")]
     pub quiet: bool,
@@ -104,6 +107,9 @@ fn execute(resolved: &Resolved, how: &How) -> Result<Exit> {
     let hashes = FileHashes::open(resolved.root.clone(), layout.state().join("external.json"));
     let plan = Plan::build(resolved, &store, &hashes);
     refuse_missing(&plan)?;
+    if let Some(most) = how.max_gpu_hours {
+        super::plan::refuse_dear(&super::plan::costs(&plan, &store), most)?;
+    }
     let worker = find_worker(resolved, how, &plan)?;
     let is_computing = worker.is_some();
     let captured = match is_computing {

@@ -5,6 +5,7 @@
 //! variants of a sweep share results.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use deepgen_contract::id::Fingerprint;
 use deepgen_contract::settings::Settings;
@@ -65,7 +66,7 @@ impl Section {
 }
 
 /// One thing that counts.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Part {
     /// What it belongs to.
     pub section: Section,
@@ -170,6 +171,23 @@ pub struct Difference {
     pub old: Option<String>,
     /// Now; absent when it is not there.
     pub new: Option<String>,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is_hash = matches!(self.section, Section::Input | Section::Content);
+        let side = |value: &Option<String>| match value {
+            Some(hash) if is_hash => hash.chars().take(12).collect(),
+            Some(value) => value.clone(),
+            None => "(absent)".to_owned(),
+        };
+        match self.section {
+            Section::Setting => f.write_str(&self.key)?,
+            _ if self.key.is_empty() => f.write_str(self.section.name())?,
+            section => write!(f, "{} {}", section.name(), self.key)?,
+        }
+        write!(f, ": {} -> {}", side(&self.old), side(&self.new))
+    }
 }
 
 /// Returns what differs between two walks, in the order of sections and keys.

@@ -1,5 +1,6 @@
 //! From values to verdicts: fingerprints, what is cached, what will run and why. Pure.
 
+mod cost;
 mod fingerprint;
 #[expect(clippy::module_inception, reason = "the plan is the noun of this module")]
 mod plan;
@@ -8,6 +9,7 @@ mod sizes;
 #[cfg(test)]
 mod tests;
 
+pub use cost::{Cost, Costs, PastJob, PastResult, Work, past_jobs};
 pub use fingerprint::{
     Difference, FINGERPRINT_VERSION, Identity, Part, Section, Sources, differences, parts, setting_leaves, value_leaves,
 };

@@ -18,6 +18,10 @@ use crate::spec::{Resolved, ResolvedNode};
 pub trait Known {
     /// Returns true when the result of this fingerprint is sealed and verifies.
     fn is_sealed(&self, fingerprint: &Fingerprint) -> bool;
+    /// Returns the sealed result that a person declared equal to that of this fingerprint, if it is still there.
+    fn accepted(&self, _fingerprint: &Fingerprint) -> Option<Fingerprint> {
+        None
+    }
     /// Returns the newest sealed run of a node, or of the node it stands for in the plain pipeline.
     fn latest(&self, node: &NodeName) -> Option<NodeRecord>;
 }
@@ -69,6 +73,9 @@ pub struct PlannedNode {
     pub node: ResolvedNode,
     /// Identity of its result. Of a blocked node it is provisional: missing content is left out of it.
     pub fingerprint: Fingerprint,
+    /// The node's own identity, where a person accepted another's result in its place.
+    #[serde(default)]
+    pub stands_for: Option<Fingerprint>,
     /// Fingerprints of the inputs by port.
     pub inputs: BTreeMap<String, Fingerprint>,
     /// Hashes of the external content that its settings name, by settings key.
@@ -209,7 +216,7 @@ impl Plan {
 }
 
 impl PlannedNode {
-    /// Returns every part of its identity.
+    /// Returns every part of its own identity.
     pub fn parts(&self) -> Vec<Part> {
         let identity = Identity {
             stage_kind: self.node.kind,
@@ -251,7 +258,10 @@ fn plan_node(
         inputs: &fingerprints,
         content: &content,
     };
-    let fingerprint = identity.fingerprint();
+    let own = identity.fingerprint();
+    let accepted = known.accepted(&own);
+    let fingerprint = accepted.unwrap_or(own);
+    let stands_for = accepted.map(|_| own);
     missing.extend(blocked_ancestors(inputs.values().copied()));
     // What a node needs is no part of its result: a sealed one asks for nothing.
     let is_sealed = missing.is_empty() && known.is_sealed(&fingerprint);
@@ -266,7 +276,7 @@ fn plan_node(
     } else {
         Verdict::Run(reason(node, &identity, fingerprint, inputs, known))
     };
-    PlannedNode { node: node.clone(), fingerprint, inputs: fingerprints, content, verdict }
+    PlannedNode { node: node.clone(), fingerprint, stands_for, inputs: fingerprints, content, verdict }
 }
 
 /// Returns the nodes whose own files are missing, among some nodes and what blocks them.

@@ -5,27 +5,51 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use deepgen_contract::id::NodeName;
 use deepgen_contract::model::ParameterCounts;
 
+use super::cost::Costs;
+use super::fingerprint::Difference;
 use super::plan::{Missing, Plan, PlannedNode, Verdict};
 use super::sizes::{TrainingSizes, Unbuildable};
 use crate::commands::table::Table;
+use crate::progress::format::{bytes, count, duration};
 use crate::spec::Resolved;
 
-/// Returns the heading, the table of nodes, the count of verdicts, and every missing input.
-pub fn plan(resolved: &Resolved, plan: &Plan) -> String {
+/// Returns the heading, the table of nodes, the count of verdicts, the expected cost, every missing input, and of the
+/// nodes in `changes` everything that differs from their newest results.
+pub fn plan(resolved: &Resolved, plan: &Plan, costs: &Costs, changes: &BTreeMap<NodeName, Vec<Difference>>) -> String {
     let mut text = format!("{}, profile {}, seed {}\n\n", resolved.name, resolved.profile, resolved.seed);
-    let mut table = Table::new(&["node", "stage", "verdict", "reason"]);
+    let has_costs = !costs.nodes.is_empty();
+    let mut heading = vec!["node", "stage", "verdict"];
+    heading.extend(has_costs.then_some("time"));
+    heading.push("reason");
+    let mut table = Table::new(&heading);
     for planned in &plan.nodes {
         let reason = match &planned.verdict {
-            Verdict::Cached => planned.fingerprint.short(),
+            Verdict::Cached => match &planned.stands_for {
+                Some(own) => format!("{}, accepted in place of {}", planned.fingerprint.short(), own.short()),
+                None => planned.fingerprint.short(),
+            },
             Verdict::Run(reason) => reason.to_string(),
             Verdict::Blocked(missing) => blocked(missing),
         };
         let PlannedNode { node, verdict, .. } = planned;
-        table.row([node.name.to_string(), node.stage.clone(), verdict.to_string(), reason]);
+        let mut cells = vec![node.name.to_string(), node.stage.clone(), verdict.to_string()];
+        if has_costs {
+            cells.push(match (costs.nodes.get(&node.name), verdict) {
+                (_, Verdict::Cached) => String::new(),
+                (Some(cost), _) => duration(cost.seconds),
+                (None, _) => "unknown".to_owned(),
+            });
+        }
+        cells.push(reason);
+        table.row(cells);
     }
-    let _ = write!(text, "{table}\n{}\n", counts(plan));
+    let _ = write!(text, "{table}\n{}\n{}", counts(plan), cost_line(plan, costs));
+    for (node, differences_of) in changes.iter().filter(|(_, all)| !all.is_empty()) {
+        let _ = write!(text, "\n{node} differs from its newest result in\n{}", differences(differences_of, "  "));
+    }
     text.push_str(&missing(plan));
     if let Some(sweep) = &resolved.sweep {
         let num_used: usize = sweep.variants.iter().map(|variant| variant.nodes.len()).sum();
@@ -37,6 +61,28 @@ pub fn plan(resolved: &Resolved, plan: &Plan) -> String {
         );
     }
     text
+}
+
+/// Returns what the nodes to run are expected to cost; empty when none is to run.
+fn cost_line(plan: &Plan, costs: &Costs) -> String {
+    let num = plan.nodes.iter().filter(|planned| planned.verdict != Verdict::Cached).count();
+    if num == 0 {
+        return String::new();
+    }
+    if costs.nodes.is_empty() {
+        return "expected cost: unknown, no earlier run is like these nodes\n".to_owned();
+    }
+    let unknown = match costs.unknown.len() {
+        0 => String::new(),
+        num => format!("; of {} nothing is known", count(num, "node")),
+    };
+    let (time, gpu, disk) = (duration(costs.seconds), costs.gpu_hours, bytes(costs.bytes));
+    format!("expected cost: {time} of work, {gpu:.2} GPU-hours, {disk} of disk{unknown}\n")
+}
+
+/// Returns differences, one a line.
+pub fn differences(all: &[Difference], indent: &str) -> String {
+    all.iter().map(|difference| format!("{indent}{difference}\n")).collect()
 }
 
 /// Names each missing path once, and the first few nodes that are waited for.
@@ -64,10 +110,10 @@ fn counts(plan: &Plan) -> String {
     for planned in &plan.nodes {
         *counts.entry(planned.verdict.to_string()).or_default() += 1;
     }
-    let count = |verdict: &str| counts.get(verdict).copied().unwrap_or(0);
-    let mut text = format!("{} nodes: {} cached, {} to run", plan.nodes.len(), count("cached"), count("run"));
-    if count("blocked") > 0 {
-        let _ = write!(text, ", {} blocked", count("blocked"));
+    let num = |verdict: &str| counts.get(verdict).copied().unwrap_or(0);
+    let mut text = format!("{} nodes: {} cached, {} to run", plan.nodes.len(), num("cached"), num("run"));
+    if num("blocked") > 0 {
+        let _ = write!(text, ", {} blocked", num("blocked"));
     }
     text
 }
@@ -123,13 +169,13 @@ fn parts_table(known: &[&TrainingSizes]) -> Table {
         ("conditioner", |parts| parts.conditioner),
         ("trainable", |_| 0),
     ];
-    for (name, count) in parts {
-        let count = |sizes: &TrainingSizes| match name {
+    for (name, of) in parts {
+        let elements = |sizes: &TrainingSizes| match name {
             "trainable" => sizes.trainable.values().sum(),
-            _ => count(&sizes.parts),
+            _ => of(&sizes.parts),
         };
-        if known.iter().any(|sizes| count(sizes) > 0) {
-            let cells = known.iter().map(|sizes| grouped(count(sizes)));
+        if known.iter().any(|sizes| elements(sizes) > 0) {
+            let cells = known.iter().map(|sizes| grouped(elements(sizes)));
             table.row([format!("  {name}")].into_iter().chain(cells));
         }
     }

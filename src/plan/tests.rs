@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 
-use super::{ExternalFiles, Known, NodeRecord, Plan, Reason, Verdict, render, training_sizes};
-use crate::commands::explain::node_text;
+use super::{Costs, ExternalFiles, Known, NodeRecord, Plan, Reason, Verdict, render, training_sizes};
+use crate::commands::explain::{Story, node_text};
 use crate::spec::tests::{fixtures, full};
 use crate::spec::{Overrides, Resolved, load, load_sweep};
 
@@ -154,7 +154,7 @@ fn a_plan_reads_well() {
     let resolved = full(None, &[]);
     let first = plan_of(&resolved, &Store::default());
     let changed = full(None, &["sft.optimizer.lr=1e-4"]);
-    let text = render::plan(&changed, &plan_of(&changed, &Store::after(&first)));
+    let text = rendered(&changed, &plan_of(&changed, &Store::after(&first)));
     insta::assert_snapshot!(redacted(&text, &first));
 }
 
@@ -168,14 +168,14 @@ fn the_paper_profile_prints_sizes_and_what_is_missing() {
     assert_eq!((sft.parts.language, sft.parts.vision, sft.parts.vae), (3_085_938_688, 668_684_288, 83_819_683));
     assert_eq!((sft.trainable["bridge"], sft.trainable["dit"]), (432_449_532, 2_243_171_520));
     assert_eq!(sizes[0].as_ref().unwrap().trainable, BTreeMap::from([("bridge", 432_449_532)]));
-    insta::assert_snapshot!(format!("{}{}", render::plan(&paper, &plan), render::sizes(&sizes)));
+    insta::assert_snapshot!(format!("{}{}", rendered(&paper, &plan), render::sizes(&sizes)));
 }
 
 #[test]
 fn a_node_is_explained_with_the_origin_of_each_value() {
     let resolved = full(None, &["handoff-2.dtype=bf16", "images[geneval].batch=8"]);
     let plan = plan_of(&resolved, &Store::default());
-    let text = |name: &str| node_text(&plan, plan.node(&NodeName(name.into())).unwrap());
+    let text = |name: &str| node_text(&plan, plan.node(&NodeName(name.into())).unwrap(), &Story::default());
     let both = format!("{}\n{}", text("handoff-2"), text("images[geneval,handoff-2]"));
     insta::assert_snapshot!(redacted(&both, &plan));
 }
@@ -186,7 +186,7 @@ fn the_plan_of_a_sweep_shows_shared_nodes_once() {
     let plan = plan_of(&sweep, &Store::default());
     let distinct: BTreeSet<Fingerprint> = plan.nodes.iter().map(|planned| planned.fingerprint).collect();
     assert_eq!(distinct.len(), plan.nodes.len(), "nothing is computed twice");
-    insta::assert_snapshot!(render::plan(&sweep, &plan));
+    insta::assert_snapshot!(rendered(&sweep, &plan));
     let store = Store::after(&plan_of(&full(None, &[]), &Store::default()));
     let cached: Vec<&str> = plan_of(&sweep, &store)
         .nodes
@@ -199,6 +199,10 @@ fn the_plan_of_a_sweep_shows_shared_nodes_once() {
         .map(|name| resolved_name(name))
         .collect();
     assert!(cached.contains(&"sft"), "the first variant is the plain pipeline, which was run: {cached:?}");
+}
+
+fn rendered(resolved: &Resolved, plan: &Plan) -> String {
+    render::plan(resolved, plan, &Costs::of(plan, &[]), &BTreeMap::new())
 }
 
 fn resolved_name(name: &str) -> &'static str {

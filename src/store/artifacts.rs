@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use deepgen_contract::artifact::{FileEntry, MANIFEST_FILE, MANIFEST_VERSION, Manifest};
 use deepgen_contract::id::{Fingerprint, NodeName};
 
+use super::accepted;
 use super::external::hash_file;
 use super::layout::Layout;
 use crate::plan::{Known, NodeRecord};
@@ -58,12 +59,14 @@ pub struct ArtifactStore {
     layout: Layout,
     /// Newest sealed result of each node; read on first use, because only a node that must run asks for it.
     latest: OnceCell<BTreeMap<NodeName, Manifest>>,
+    /// What people accepted, by the identity that it stands for; read on first use.
+    accepted: OnceCell<BTreeMap<Fingerprint, Fingerprint>>,
 }
 
 impl ArtifactStore {
     /// Returns the store of an artifacts folder, which need not exist.
     pub fn open(layout: Layout) -> Self {
-        Self { layout, latest: OnceCell::new() }
+        Self { layout, latest: OnceCell::new(), accepted: OnceCell::new() }
     }
 
     /// Returns where things lie.
@@ -149,6 +152,14 @@ impl Known for ArtifactStore {
                 false
             }
         }
+    }
+
+    fn accepted(&self, fingerprint: &Fingerprint) -> Option<Fingerprint> {
+        let accepted = self.accepted.get_or_init(|| {
+            let standing = accepted::read_all(&self.layout).into_values().filter(|record| record.revoked.is_none());
+            standing.map(|record| (record.to, record.from)).collect()
+        });
+        accepted.get(fingerprint).copied().filter(|from| self.is_sealed(from))
     }
 
     fn latest(&self, node: &NodeName) -> Option<NodeRecord> {

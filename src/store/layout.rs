@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! artifacts/  state/{db,lock,external.json}  jobs/<fp>/{lease.json,<attempt>/}  store/<fp>/  runs/<id>/
+//! accepted/<fp>.json
 //! ```
 //! Knows paths only; reads and writes nothing.
 
@@ -58,6 +59,11 @@ impl Layout {
     /// Returns the folder of a sealed artifact.
     pub fn artifact(&self, fingerprint: &Fingerprint) -> PathBuf {
         self.store().join(fingerprint.to_string())
+    }
+
+    /// Returns the folder of what people accepted.
+    pub fn accepted(&self) -> PathBuf {
+        self.root.join("accepted")
     }
 
     /// Returns the folder of all runs.

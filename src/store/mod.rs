@@ -2,8 +2,10 @@
 //!
 //! Order of every transition: journal (synced), then state (flushed and synced), then act.
 
+pub mod accepted;
 pub mod artifacts;
 pub mod external;
+pub mod history;
 pub mod journal;
 pub mod layout;
 pub mod lock;

@@ -65,6 +65,9 @@ pub struct SavedPlanned {
     pub node: SavedNode,
     /// Identity of its result.
     pub fingerprint: Fingerprint,
+    /// The node's own identity, where a person accepted another's result in its place.
+    #[serde(default)]
+    pub stands_for: Option<Fingerprint>,
     /// Fingerprints of the inputs by port.
     #[serde(default)]
     pub inputs: BTreeMap<String, Fingerprint>,
@@ -191,6 +194,7 @@ impl SavedPlanned {
                 slots: node.slots.clone(),
             },
             fingerprint: planned.fingerprint,
+            stands_for: planned.stands_for,
             inputs: planned.inputs.clone(),
             content: planned.content.clone(),
             verdict: Some(planned.verdict.clone()),
