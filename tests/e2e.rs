@@ -174,3 +174,14 @@ fn a_loss_that_is_not_finite_ends_the_node_and_keeps_its_checkpoint() {
     let attempts = bench.attempts().into_iter().filter(|(node, _)| node == "sft").count();
     assert_eq!(attempts, 1, "an attempt that cannot end differently was repeated");
 }
+
+#[test]
+#[ignore = "needs release builds; run `make test-e2e`"]
+fn every_pipeline_of_the_project_runs_through_as_a_smoke_test() {
+    for pipeline in ["pipelines/full.toml", "pipelines/base.toml"] {
+        let bench = Bench::new();
+        let path = format!("{}/{pipeline}", env!("CARGO_MANIFEST_DIR"));
+        let output = bench.command(&["run", &path, "--smoke"]).output().expect("deepgen starts");
+        assert!(output.status.success(), "{pipeline}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+}

@@ -97,3 +97,18 @@ fn an_accepted_result_that_is_gone_is_made_again() {
     std::fs::remove_dir_all(project.path("artifacts/store").join(fingerprint)).unwrap();
     project.deepgen(&[&["run", PIPELINE], &LR[..]].concat()).expect(0).prints("2 ran, 4 cached");
 }
+
+#[test]
+fn a_smoke_test_has_results_of_its_own_which_stand_for_no_real_ones() {
+    let project = Project::new();
+    project.deepgen(&["run", PIPELINE, "--smoke"]).expect(0).prints("6 ran");
+    let explained = project.deepgen(&["explain", "sft", PIPELINE, "--smoke"]).expect(0).prints("cached");
+    let line = explained.stdout.lines().find(|line| line.trim_start().starts_with("train.max_iters")).unwrap();
+    assert!(line.contains(" 2 ") && line.ends_with("--smoke"), "{line}");
+    project.deepgen(&["accept", "sft", PIPELINE]).expect(2).says("of a smoke test");
+    project.run().expect(0).prints("3 ran, 3 cached");
+    project.deepgen(&["run", PIPELINE, "--smoke"]).expect(0).prints("0 ran, 6 cached");
+    // What is real is compared with what is real, however new the smoke test.
+    let plan = plan(&project, &["--set", "sft.optimizer.lr=1e-4"]);
+    assert_eq!(node(&plan, "sft")["differences"].as_array().unwrap().len(), 1);
+}

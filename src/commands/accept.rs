@@ -87,6 +87,10 @@ fn record(planned: &PlannedNode, store: &ArtifactStore, note: &str, by: &Signatu
     let (Some(latest), Some(differences)) = (store.latest(name), Plan::differences(planned, store)) else {
         return Err(Wrong(format!("`{name}` cannot be accepted: it never ran, so there is no result to use")).into());
     };
+    if store.manifest(&latest.fingerprint).is_ok_and(|made| made.is_smoke) && !planned.is_smoke {
+        let why = "its newest result is of a smoke test";
+        return Err(Wrong(format!("`{name}` cannot be accepted: {why}; run it")).into());
+    }
     if !store.is_sealed(&latest.fingerprint) {
         let why = format!("its newest result {} is gone or does not verify", latest.fingerprint.short());
         return Err(Wrong(format!("`{name}` cannot be accepted: {why}; run it again")).into());

@@ -129,7 +129,7 @@ impl<'a> NodeJson<'a> {
 
 /// Returns all about one node.
 pub fn node_text(plan: &Plan, planned: &PlannedNode, story: &Story) -> String {
-    let PlannedNode { node, fingerprint, stands_for, inputs, content, verdict } = planned;
+    let PlannedNode { node, fingerprint, stands_for, inputs, content, verdict, .. } = planned;
     let mut text = format!("{}: stage {} (kind {}), {verdict}", node.name, node.stage, node.kind);
     match verdict {
         Verdict::Cached => {}

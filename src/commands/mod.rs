@@ -33,11 +33,14 @@ pub struct Overriding {
     /// Change a setting, such as sft.optimizer.lr=1e-4; may be repeated
     #[arg(long, value_name = "NODE.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Two steps of every stage and few items: the whole graph in a minute or so, with results of its own
+    #[arg(long)]
+    pub smoke: bool,
 }
 
 impl Overriding {
     fn overrides(&self) -> Overrides {
-        Overrides { profile: self.profile.clone(), set: self.set.clone() }
+        Overrides { profile: self.profile.clone(), set: self.set.clone(), smoke: self.smoke }
     }
 }
 

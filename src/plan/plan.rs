@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::fingerprint::{Difference, Identity, Part, Section, Sources, differences, parts, value_leaves};
-use crate::spec::{Resolved, ResolvedNode};
+use crate::spec::{Origin, Resolved, ResolvedNode};
 
 /// What has been computed before: answered by the artifact store, or by a table in a test.
 pub trait Known {
@@ -81,6 +81,9 @@ pub struct PlannedNode {
     /// Hashes of the external content that its settings name, by settings key.
     #[serde(default)]
     pub content: BTreeMap<String, String>,
+    /// True when `--smoke` cut it, or something that it is made from, to a few steps: its result is no real one.
+    #[serde(default)]
+    pub is_smoke: bool,
     /// What will be done.
     pub verdict: Verdict,
 }
@@ -262,6 +265,7 @@ fn plan_node(
     let accepted = known.accepted(&own);
     let fingerprint = accepted.unwrap_or(own);
     let stands_for = accepted.map(|_| own);
+    let is_smoke = node.origins.values().any(|origin| *origin == Origin::Smoke) || inputs.values().any(|p| p.is_smoke);
     missing.extend(blocked_ancestors(inputs.values().copied()));
     // What a node needs is no part of its result: a sealed one asks for nothing.
     let is_sealed = missing.is_empty() && known.is_sealed(&fingerprint);
@@ -276,7 +280,7 @@ fn plan_node(
     } else {
         Verdict::Run(reason(node, &identity, fingerprint, inputs, known))
     };
-    PlannedNode { node: node.clone(), fingerprint, stands_for, inputs: fingerprints, content, verdict }
+    PlannedNode { node: node.clone(), fingerprint, stands_for, inputs: fingerprints, content, is_smoke, verdict }
 }
 
 /// Returns the nodes whose own files are missing, among some nodes and what blocks them.

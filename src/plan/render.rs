@@ -19,7 +19,9 @@ use crate::spec::Resolved;
 /// Returns the heading, the table of nodes, the count of verdicts, the expected cost, every missing input, and of the
 /// nodes in `changes` everything that differs from their newest results.
 pub fn plan(resolved: &Resolved, plan: &Plan, costs: &Costs, changes: &BTreeMap<NodeName, Vec<Difference>>) -> String {
-    let mut text = format!("{}, profile {}, seed {}\n\n", resolved.name, resolved.profile, resolved.seed);
+    let is_smoke = plan.nodes.iter().any(|planned| planned.is_smoke);
+    let smoke = if is_smoke { ", a smoke test: two steps of every stage" } else { "" };
+    let mut text = format!("{}, profile {}, seed {}{smoke}\n\n", resolved.name, resolved.profile, resolved.seed);
     let has_costs = !costs.nodes.is_empty();
     let mut heading = vec!["node", "stage", "verdict"];
     heading.extend(has_costs.then_some("time"));

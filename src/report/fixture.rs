@@ -225,6 +225,7 @@ fn seal(plan: &Plan, planned: &PlannedNode, store: &ArtifactStore, story: &Story
         seed: node.seed,
         inputs: planned.inputs.clone(),
         content: planned.content.clone(),
+        is_smoke: planned.is_smoke,
         files: Vec::new(),
         metrics,
         notes,

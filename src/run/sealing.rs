@@ -79,6 +79,7 @@ impl Sealing {
             seed: resolved.seed,
             inputs: self.node.inputs.clone(),
             content: self.node.content.clone(),
+            is_smoke: self.node.is_smoke,
             files: Vec::new(),
             metrics,
             notes,

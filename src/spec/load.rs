@@ -19,6 +19,8 @@ pub struct Overrides {
     pub profile: Option<String>,
     /// Each `--set node.key=value`.
     pub set: Vec<String>,
+    /// `--smoke`: two steps of every stage.
+    pub smoke: bool,
 }
 
 impl Overrides {
@@ -30,7 +32,8 @@ impl Overrides {
                 Err(problem) => problems.push(problem),
             }
         }
-        Request { profile: self.profile.as_deref().map(Request::profile_argument), assignments }
+        let profile = self.profile.as_deref().map(Request::profile_argument);
+        Request { profile, assignments, is_smoke: self.smoke }
     }
 }
 

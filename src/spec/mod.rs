@@ -13,6 +13,7 @@ mod project;
 mod resolve;
 mod resolved;
 mod shape;
+mod smoke;
 mod stage_file;
 mod sweep;
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! From a pipeline file and its stage files to [`Resolved`]: layers merged, axes expanded, everything checked.
 //!
 //! Layers, lowest first: stage defaults; stage profile; the node's `set`; its axis values; `set` of its instances; the
-//! pipeline profile's `set`, of the node and then of its instances; assignments (an experiment's, then `--set`). A
+//! pipeline profile's `set`, of the node and then of its instances; an experiment's assignments; `--smoke`; `--set`. A
 //! profile that builds on another, by `extends` or as `tiny` and `small` build on `shapes`, comes right after it.
 //!
 //! Knows no disk but through [`Project`], and nothing of what was computed before.
@@ -22,6 +22,7 @@ use super::pipeline::{ExecutorTable, InstanceTable, NodeTable, Pipeline, RunTabl
 use super::project::Project;
 use super::resolved::{Executor, Origin, Resolved, ResolvedNode};
 use super::shape::{self, Check, Shape};
+use super::smoke;
 use super::stage_file::{PAPER_PROFILE, extended};
 use super::tree::{NOT_TOML, Source, Spot, Tree, Value};
 use super::wiring::{INPUT_PREFIX, split_selector, wire};
@@ -39,6 +40,8 @@ pub struct Request {
     pub profile: Option<(String, Spot)>,
     /// Changes, lowest first.
     pub assignments: Vec<Assignment>,
+    /// Whether every stage takes two steps only.
+    pub is_smoke: bool,
 }
 
 impl Request {
@@ -290,7 +293,16 @@ impl Builder<'_> {
             layer(&mut profile.nodes.iter().filter(|over| !over.selector.contains('[')));
             layer(&mut profile.nodes.iter().filter(|over| over.selector.contains('[')));
         }
-        for assignment in self.request.assignments.iter().filter(|assignment| selects(&assignment.selector)) {
+        let assignments = self.request.assignments.iter().filter(|assignment| selects(&assignment.selector));
+        let (command_line, written): (Vec<_>, Vec<_>) =
+            assignments.partition(|assignment| assignment.spot.source.is_command_line);
+        for assignment in written {
+            settings.merge(assignment.set.clone());
+        }
+        if self.request.is_smoke {
+            smoke::lower(&mut settings, kind, &Source::file(smoke::SOURCE, smoke::SOURCE));
+        }
+        for assignment in command_line {
             settings.merge(assignment.set.clone());
         }
         fill_inherited(&mut settings, instance, shape::of(kind));

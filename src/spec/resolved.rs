@@ -150,6 +150,8 @@ pub enum Origin {
     },
     /// `--set` on the command line.
     CommandLine,
+    /// `--smoke` on the command line.
+    Smoke,
 }
 
 impl fmt::Display for Origin {
@@ -158,6 +160,7 @@ impl fmt::Display for Origin {
             Self::File { file, line, profile: None } => write!(f, "{file}:{line}"),
             Self::File { file, line, profile: Some(profile) } => write!(f, "{file}:{line} (profile {profile})"),
             Self::CommandLine => f.write_str("command line"),
+            Self::Smoke => f.write_str("--smoke"),
         }
     }
 }

@@ -92,7 +92,7 @@ impl Experiment {
         for variant in &self.variants {
             let assignments = variant.assignments.iter().chain(&request.assignments).cloned().collect();
             let profile = request.profile.clone().or_else(|| self.profile.clone());
-            let request = Request { profile, assignments };
+            let request = Request { profile, assignments, is_smoke: request.is_smoke };
             resolved.push(resolve(project, (&pipeline_file, &pipeline), &request, problems));
         }
         self.check_metrics(&resolved, problems);

@@ -13,7 +13,8 @@ pub fn fixtures() -> PathBuf {
 }
 
 pub fn overrides(profile: Option<&str>, set: &[&str]) -> Overrides {
-    Overrides { profile: profile.map(str::to_owned), set: set.iter().map(|&set| set.to_owned()).collect() }
+    let set = set.iter().map(|&set| set.to_owned()).collect();
+    Overrides { profile: profile.map(str::to_owned), set, smoke: false }
 }
 
 pub fn full(profile: Option<&str>, set: &[&str]) -> Resolved {

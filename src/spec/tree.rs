@@ -74,6 +74,9 @@ impl Spot {
         if self.source.is_command_line {
             return Origin::CommandLine;
         }
+        if self.source.name == super::smoke::SOURCE {
+            return Origin::Smoke;
+        }
         let profile = self.profile.as_ref().map(|profile| profile.to_string());
         Origin::File { file: self.source.name.clone(), line: self.line(), profile }
     }

@@ -74,6 +74,9 @@ pub struct SavedPlanned {
     /// Hashes of external content by settings key; unknown before version 2.
     #[serde(default)]
     pub content: BTreeMap<String, String>,
+    /// True when it was cut to a few steps by `--smoke`.
+    #[serde(default)]
+    pub is_smoke: bool,
     /// What was to be done; nothing when an older program said it in other words.
     #[serde(default, deserialize_with = "or_default")]
     pub verdict: Option<Verdict>,
@@ -197,6 +200,7 @@ impl SavedPlanned {
             stands_for: planned.stands_for,
             inputs: planned.inputs.clone(),
             content: planned.content.clone(),
+            is_smoke: planned.is_smoke,
             verdict: Some(planned.verdict.clone()),
         }
     }

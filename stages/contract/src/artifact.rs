@@ -129,6 +129,9 @@ pub struct Manifest {
     /// Hashes of the external content that it was made from, by settings key; manifests of older programs have none.
     #[serde(default)]
     pub content: BTreeMap<String, String>,
+    /// True when it, or something that it is made from, was cut to a few steps: no real result.
+    #[serde(default)]
+    pub is_smoke: bool,
     /// Every file but the manifest, sorted by path.
     pub files: Vec<FileEntry>,
     /// Final numbers, named `group/name`.
