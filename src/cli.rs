@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::commands;
+use crate::store::lock::LockError;
 
 /// Declarative, resumable pipelines for training image generators.
 ///
@@ -23,7 +24,7 @@ struct Cli {
 }
 
 const EXIT_HELP: &str = "Exit codes: 0 done, 1 a node failed or the run could not go on, 2 a file or the command line \
-                         is wrong, 3 a bug.";
+                         is wrong, 3 a bug, 4 another process works in the artifacts folder.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -46,7 +47,13 @@ enum Command {
     /// Show where the report of a run lies
     Report(commands::report::ReportArgs),
     /// List all runs
-    Runs(commands::status::RunsArgs),
+    Runs(commands::runs::RunsArgs),
+    /// Watch a run that goes on elsewhere as if it had been started here
+    Attach(commands::attach::AttachArgs),
+    /// Stop a run from any terminal: workers write a checkpoint first
+    Stop(commands::stop::StopArgs),
+    /// Try again what a run left undone, exactly as it was planned then
+    Retry(commands::retry::RetryArgs),
     /// Compare the resumable state with the journals, or make it again from them
     State(commands::state::StateArgs),
 }
@@ -62,6 +69,8 @@ pub enum Exit {
     Wrong = 2,
     /// A bug of this program.
     Bug = 3,
+    /// Another process holds the artifacts folder; nothing was started.
+    Busy = 4,
 }
 
 impl From<Exit> for ExitCode {
@@ -91,12 +100,22 @@ pub fn main() -> ExitCode {
         Ok(Ok(exit)) => exit.into(),
         Ok(Err(error)) => {
             eprintln!("error: {error:#}");
-            if error.is::<Wrong>() { Exit::Wrong.into() } else { Exit::Failed.into() }
+            exit_of(&error).into()
         }
         Err(_) => {
             eprintln!("this is a bug in deepgen; the run is safe: the same command goes on with it");
             Exit::Bug.into()
         }
+    }
+}
+
+fn exit_of(error: &anyhow::Error) -> Exit {
+    if error.is::<Wrong>() {
+        return Exit::Wrong;
+    }
+    match error.downcast_ref::<LockError>() {
+        Some(LockError::Held { .. }) => Exit::Busy,
+        _ => Exit::Failed,
     }
 }
 
@@ -111,7 +130,10 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Status(args) => commands::status::status(args),
         Command::Logs(args) => commands::logs::logs(args),
         Command::Report(args) => commands::report::report(args),
-        Command::Runs(args) => commands::status::runs(args),
+        Command::Runs(args) => commands::runs::runs(args),
+        Command::Attach(args) => commands::attach::attach(args),
+        Command::Stop(args) => commands::stop::stop(args),
+        Command::Retry(args) => commands::retry::retry(args),
         Command::State(args) => commands::state::state(args),
     }
 }

@@ -176,7 +176,7 @@ fn a_second_orchestrator_is_told_who_works_here() {
     project.script(json!({ "words": { "steps": 100, "step_ms": 20 } }));
     let running = project.start();
     project.wait_for_state("words", "running");
-    project.run().expect(1).says("is in use by process");
+    project.run().expect(4).says("is in use by process");
     running.terminate().expect(1);
 }
 

@@ -6,22 +6,28 @@ use std::io::IsTerminal;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use deepgen_contract::id::NodeName;
 
-use crate::cli::Wrong;
 use crate::plan::{Plan, PlannedNode};
 use crate::spec::{self, Diagnostic, Overrides, Resolved, Style};
 use crate::store::{ArtifactStore, FileHashes, Layout};
 
 pub mod accept;
+pub mod attach;
 pub mod check;
+pub mod detach;
 pub mod explain;
 pub mod logs;
+pub mod opening;
 pub mod plan;
 pub mod report;
+pub mod retry;
 pub mod run;
+pub mod runs;
+pub mod selection;
 pub mod state;
 pub mod status;
+pub mod stop;
+pub mod summary;
 pub mod table;
 
 /// What a command line changes in a pipeline.
@@ -62,15 +68,7 @@ pub fn show(problems: &[Diagnostic]) {
     eprint!("{}", spec::render(problems, style));
 }
 
-/// Plans what was loaded against the results in `folder`, or in `artifacts/` of its project.
-///
-/// # Errors
-/// When the working directory is gone.
-pub fn planned(resolved: &Resolved, folder: Option<&Path>) -> Result<Plan> {
-    Ok(results_of(resolved, folder)?.0)
-}
-
-/// Plans as [`planned`] does, and returns the store that the plan was made against too.
+/// Plans what was loaded against the results in `folder`, or in `artifacts/` of its project; returns the store too.
 ///
 /// # Errors
 /// When the working directory is gone.
@@ -91,20 +89,13 @@ pub fn results_of(resolved: &Resolved, folder: Option<&Path>) -> Result<(Plan, A
     Ok((plan, store))
 }
 
-/// Returns the nodes of a name: one, or each instance when the name has axes and none is given.
+/// Returns the nodes that a name means: one, each instance of a node, or what matches its `*` and `?`.
 ///
 /// # Errors
 /// When there is none, with the nearest name.
 pub fn choose_nodes<'a>(plan: &'a Plan, name: &str) -> Result<Vec<&'a PlannedNode>> {
-    let exact = plan.node(&NodeName(name.to_owned()));
-    let of_base = || plan.nodes.iter().filter(|planned| planned.node.name.base() == name).collect();
-    let chosen: Vec<&PlannedNode> = exact.map_or_else(of_base, |planned| vec![planned]);
-    if chosen.is_empty() {
-        let names: Vec<&str> = plan.nodes.iter().map(|planned| planned.node.name.0.as_str()).collect();
-        let hint = spec::nearest(name, &names).map_or(String::new(), |name| format!(": did you mean `{name}`?"));
-        return Err(Wrong(format!("there is no node `{name}`{hint}")).into());
-    }
-    Ok(chosen)
+    let names: Vec<&str> = plan.nodes.iter().map(|planned| planned.node.name.0.as_str()).collect();
+    Ok(selection::matching(name, &names)?.into_iter().map(|at| &plan.nodes[at]).collect())
 }
 
 /// Returns where results lie: `folder`, or `artifacts/` in the project around the working directory.

@@ -7,6 +7,7 @@ use anyhow::Result;
 use deepgen_contract::id::NodeName;
 use serde::Serialize;
 
+use super::selection::{Selected, Selection};
 use super::{Overriding, load_or_report, results_of};
 use crate::cli::{Exit, Wrong};
 use crate::plan::{
@@ -20,7 +21,7 @@ use crate::store::{ArtifactStore, history};
 const JSON_VERSION: u32 = 2;
 
 /// Arguments of `deepgen plan`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub struct PlanArgs {
     /// Pipeline or experiment file, such as pipelines/full.toml
     pub file: PathBuf,
@@ -41,6 +42,8 @@ pub struct PlanArgs {
     /// Folder of all results [default: artifacts/ in the project]
     #[arg(long, value_name = "DIR")]
     pub artifacts: Option<PathBuf>,
+    #[command(flatten)]
+    pub selection: Selection,
 }
 
 /// A plan as `--json` prints it.
@@ -126,12 +129,22 @@ impl<'a> NodeJson<'a> {
 pub fn plan(args: &PlanArgs) -> Result<Exit> {
     let Some(resolved) = load_or_report(&args.file, &args.overriding, false) else { return Ok(Exit::Wrong) };
     let (plan, store) = results_of(&resolved, args.artifacts.as_deref())?;
-    let costs = costs(&plan, &store);
+    let Selected { plan, .. } = args.selection.apply(&plan)?;
+    print(&resolved, &plan, &store, args)?;
+    Ok(Exit::Done)
+}
+
+/// Prints a plan, or the chosen part of one.
+///
+/// # Errors
+/// When it is dearer than allowed.
+pub fn print(resolved: &Resolved, plan: &Plan, store: &ArtifactStore, args: &PlanArgs) -> Result<()> {
+    let costs = costs(plan, store);
     let has_sizes = args.sizes || resolved.profile == PAPER_PROFILE;
-    let sizes = if has_sizes { training_sizes(&resolved) } else { Vec::new() };
-    let changes = if args.verbose || args.json { changes(&plan, &store) } else { BTreeMap::new() };
+    let sizes = if has_sizes { training_sizes(resolved) } else { Vec::new() };
+    let changes = if args.verbose || args.json { changes(plan, store) } else { BTreeMap::new() };
     if args.json {
-        let Resolved { name, profile, seed, sweep, .. } = &resolved;
+        let Resolved { name, profile, seed, sweep, .. } = resolved;
         let Costs { seconds, gpu_hours, bytes, unknown, .. } = &costs;
         let json = PlanJson {
             version: JSON_VERSION,
@@ -145,12 +158,12 @@ pub fn plan(args: &PlanArgs) -> Result<Exit> {
         };
         println!("{}", serde_json::to_string_pretty(&json)?);
     } else {
-        print!("{}{}", render::plan(&resolved, &plan, &costs, &changes), render::sizes(&sizes));
+        print!("{}{}", render::plan(resolved, plan, &costs, &changes), render::sizes(&sizes));
     }
     if let Some(most) = args.max_gpu_hours {
         refuse_dear(&costs, most)?;
     }
-    Ok(Exit::Done)
+    Ok(())
 }
 
 /// Returns what the nodes that will run are expected to cost.

@@ -1,11 +1,11 @@
-//! `deepgen status` and `deepgen runs`: where runs stand, read from journals and job directories.
+//! `deepgen status`: where a run stands, read from its journal and job directories.
 //!
 //! Opens no state and takes no lock, so it works while a run goes on.
 
 use std::path::PathBuf;
 
 use anyhow::Result;
-use deepgen_contract::id::NodeName;
+use deepgen_contract::id::{Fingerprint, NodeName};
 use serde::Serialize;
 
 use super::artifacts_layout;
@@ -13,29 +13,26 @@ use super::table::Table;
 use crate::cli::{Exit, Wrong};
 use crate::exec::jobdir::{EventTail, JobDir};
 use crate::exec::process::ProcessId;
-use crate::progress::format::{duration, now_ms, utc};
+use crate::progress::format::{duration, now_ms};
 use crate::progress::pace::Pace;
 use crate::run::event::{NodeState, RunResult};
 use crate::spec::nearest;
 use crate::store::Layout;
-use crate::store::runs::{self, NodeView, RunView, SavedPlan};
+use crate::store::glance::glance;
+use crate::store::index::RunIndex;
+use crate::store::runs::{self, NodeView, RunView};
+
+/// Nodes up to which a run is shown whole.
+const NUM_ROWS: usize = 60;
 
 /// Arguments of `deepgen status`.
 #[derive(Debug, clap::Args)]
 pub struct StatusArgs {
     /// Name of a run [default: the newest]
     pub run: Option<String>,
-    /// Print JSON
-    #[arg(long)]
-    pub json: bool,
-    /// Folder of all results [default: artifacts/ in the project]
-    #[arg(long, value_name = "DIR")]
-    pub artifacts: Option<PathBuf>,
-}
-
-/// Arguments of `deepgen runs`.
-#[derive(Debug, clap::Args)]
-pub struct RunsArgs {
+    /// Show every node of a large run, not only those that run or need attention
+    #[arg(long, short)]
+    pub all: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -61,6 +58,8 @@ struct RunStatus {
     run: String,
     pipeline: String,
     profile: String,
+    /// Command line that started it.
+    command: Vec<String>,
     /// `running`, `interrupted`, or how it ended.
     result: &'static str,
     started_ms: u64,
@@ -75,50 +74,48 @@ struct RunStatus {
 pub fn status(args: &StatusArgs) -> Result<Exit> {
     let layout = artifacts_layout(args.artifacts.as_deref())?;
     let run = choose_run(&layout, args.run.as_deref())?;
-    let view = RunView::read(&layout.run(&run))?;
+    let view = glance(&layout.run(&run))?;
     let status = run_status(&layout, &run, &view);
     if args.json {
         println!("{}", serde_json::to_string_pretty(&status)?);
         return Ok(Exit::Done);
     }
     println!("run {}: {}, profile {}, {}", status.run, status.pipeline, status.profile, status.result);
+    let is_large = !args.all && status.nodes.len() > NUM_ROWS;
+    if is_large {
+        println!("{}; --all shows every node", counts(&status.nodes));
+    }
+    let shown: Vec<&NodeStatus> = status.nodes.iter().filter(|node| !is_large || is_telling(&node.status)).collect();
+    if shown.is_empty() {
+        return Ok(Exit::Done);
+    }
     let mut table = Table::new(&["node", "stage", "state", "time", ""]);
-    for node in &status.nodes {
+    for node in shown.iter().take(if is_large { NUM_ROWS } else { usize::MAX }) {
         let time = node.seconds.map_or(String::new(), duration);
         table.row([node.node.to_string(), node.stage.clone(), node.status.word().into(), time, detail(node)]);
     }
     print!("{table}");
+    if is_large && shown.len() > NUM_ROWS {
+        println!("... and {} more", shown.len() - NUM_ROWS);
+    }
     Ok(Exit::Done)
 }
 
-/// Prints all runs.
-///
-/// # Errors
-/// When a journal cannot be read.
-pub fn runs(args: &RunsArgs) -> Result<Exit> {
-    let layout = artifacts_layout(args.artifacts.as_deref())?;
-    let mut table = Table::new(&["run", "pipeline", "profile", "started", "result", "done", "failed"]);
-    let mut views = Vec::new();
-    for run in runs::list(&layout) {
-        let view = RunView::read(&layout.run(&run))?;
-        let count = |is: fn(&NodeState) -> bool| view.nodes.values().filter(|node| is(&node.state)).count().to_string();
-        table.row([
-            run,
-            view.pipeline.clone(),
-            view.profile.clone(),
-            utc(view.started_ms),
-            result_word(&view).into(),
-            count(NodeState::is_done),
-            count(|state| matches!(state, NodeState::Failed { .. })),
-        ]);
-        views.push(view);
-    }
-    if args.json {
-        println!("{}", serde_json::to_string_pretty(&views)?);
-    } else {
-        print!("{table}");
-    }
-    Ok(Exit::Done)
+/// Returns how many nodes are in each state, in the order in which a node goes through them.
+fn counts(nodes: &[NodeStatus]) -> String {
+    let words = ["running", "sealing", "retrying", "failed", "stopped", "ready", "waiting", "blocked"];
+    let words = words.into_iter().chain(["done", "shared", "cached"]);
+    let counted = words.filter_map(|word| {
+        let num = nodes.iter().filter(|node| node.status.word() == word).count();
+        (num > 0).then(|| format!("{num} {word}"))
+    });
+    format!("{} nodes: {}", nodes.len(), counted.collect::<Vec<_>>().join(", "))
+}
+
+/// Returns true when a large run's table shows a node in this state.
+fn is_telling(state: &NodeState) -> bool {
+    let is_telling = matches!(state, NodeState::Failed { .. } | NodeState::Retrying { .. } | NodeState::Stopped { .. });
+    is_telling || state.is_active()
 }
 
 /// Returns the named run, or the newest.
@@ -138,47 +135,50 @@ pub fn choose_run(layout: &Layout, name: Option<&str>) -> Result<String> {
     Err(Wrong(format!("no run `{name}` in {}{hint}", layout.runs().display())).into())
 }
 
+/// Returns true while the process that works on a run is there.
+pub fn is_owner_alive(view: &RunView) -> bool {
+    view.owners.last().is_some_and(|(pid, host)| {
+        // Another host's processes cannot be seen; believe its journal.
+        *host != crate::environment::host() || ProcessId { pid: *pid, started: None }.is_alive()
+    })
+}
+
 /// Returns the word for a run: one whose orchestrator has gone without ending it was interrupted.
-fn result_word(view: &RunView) -> &'static str {
+pub fn result_word(view: &RunView) -> &'static str {
     if let Some(result) = view.result {
         return RunResult::word(result);
     }
-    let is_alive = view.owners.last().is_some_and(|(pid, host)| {
-        // Another host's processes cannot be seen; believe its journal.
-        *host != crate::environment::host() || ProcessId { pid: *pid, started: None }.is_alive()
-    });
-    if is_alive { "running" } else { "interrupted" }
+    if is_owner_alive(view) { "running" } else { "interrupted" }
 }
 
 fn run_status(layout: &Layout, run: &str, view: &RunView) -> RunStatus {
-    let node_status = |node: &NodeName, stage: String, fingerprint: String| {
+    let is_running = result_word(view) == "running";
+    let node_status = |node: &NodeName, stage: String, fingerprint: Fingerprint| {
         let seen = view.nodes.get(node);
         let pace = seen.filter(|seen| seen.state.is_active()).map(|seen| pace(layout, seen));
         NodeStatus {
             node: node.clone(),
             stage,
             status: view.state(node).clone(),
-            fingerprint,
-            seconds: seen.and_then(|seen| seconds(seen, result_word(view) == "running")),
+            fingerprint: fingerprint.to_string(),
+            seconds: seen.and_then(|seen| seconds(seen, is_running)),
             pace,
         }
     };
-    // The plan gives order, stages, and the nodes that nothing has happened to yet.
-    let nodes = match SavedPlan::read(&layout.run(run)) {
-        Ok(saved) => {
-            let nodes = saved.plan.nodes.iter();
-            nodes.map(|p| node_status(&p.node.name, p.node.stage.clone(), p.fingerprint.to_string())).collect()
-        }
+    // The index gives order, stages, and the nodes that nothing has happened to yet.
+    let nodes = match RunIndex::read(&layout.run(run)) {
+        Ok(index) => index.nodes.into_iter().map(|(node, stage, print)| node_status(&node, stage, print)).collect(),
         Err(error) => {
             tracing::warn!(%error, "only nodes with events are shown");
             let nodes = view.nodes.iter();
-            nodes.map(|(node, seen)| node_status(node, String::new(), seen.fingerprint.to_string())).collect()
+            nodes.map(|(node, seen)| node_status(node, String::new(), seen.fingerprint)).collect()
         }
     };
     RunStatus {
         run: run.to_owned(),
         pipeline: view.pipeline.clone(),
         profile: view.profile.clone(),
+        command: view.command.clone(),
         result: result_word(view),
         started_ms: view.started_ms,
         updated_ms: view.updated_ms,

@@ -159,6 +159,8 @@ pub enum Reason {
     },
     /// Its sealed result has gone or does not verify.
     Lost,
+    /// A person wants it again.
+    Forced,
 }
 
 /// Something that must be put right before a node can run.
@@ -382,6 +384,7 @@ impl fmt::Display for Reason {
             Self::InputChanged { port, node: None } => write!(f, "input {port} is no longer wired"),
             Self::Content { paths } => write!(f, "content changed: {}", paths.join(", ")),
             Self::Lost => f.write_str("its result is gone from the store"),
+            Self::Forced => f.write_str("--force"),
         }
     }
 }

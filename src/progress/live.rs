@@ -116,7 +116,7 @@ impl Progress for Live {
         self.running.values().for_each(|(bar, _)| bar.finish_and_clear());
         // An interrupted draw may fail; the summary below does not depend on it.
         let _ = self.bars.clear();
-        print!("{}", summary.text());
+        summary.print();
     }
 }
 

@@ -1,6 +1,7 @@
 //! Progress for pipes and logs: a line per change, a line per running node now and then, no escape codes.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 
 use deepgen_contract::event::{WorkerEvent, WorkerEventKind};
 use deepgen_contract::id::NodeName;
@@ -40,7 +41,8 @@ impl Plain {
 
     fn say(&self, line: &str) {
         if !self.is_quiet {
-            eprintln!("{line}");
+            // The terminal may have gone; that must not stop the run.
+            let _ = writeln!(std::io::stderr(), "{line}");
         }
     }
 }
@@ -87,7 +89,7 @@ impl Progress for Plain {
 
     fn summary(&mut self, summary: &Summary) {
         self.teller.flush().iter().for_each(|line| self.say(line));
-        print!("{}", summary.text());
+        summary.print();
     }
 }
 

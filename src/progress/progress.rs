@@ -3,7 +3,7 @@
 //! The run loop never prints; everything it has to say goes through here. Progress goes to standard error, the summary
 //! to standard output.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 
 use deepgen_contract::event::WorkerEvent;
@@ -58,6 +58,12 @@ pub struct Summary {
 }
 
 impl Summary {
+    /// Prints the text on standard output; a reader that has gone is no error of the run.
+    pub fn print(&self) {
+        let mut out = std::io::stdout().lock();
+        let _ = out.write_all(self.text().as_bytes()).and_then(|()| out.flush());
+    }
+
     /// Returns the lines printed at the end.
     pub fn text(&self) -> String {
         let mut text = String::new();

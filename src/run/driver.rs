@@ -59,6 +59,8 @@ pub struct Driver<'a> {
     pub progress: &'a mut dyn Progress,
     /// What manifests say of this machine.
     pub environment: Environment,
+    /// True when the end of the terminal does not concern the run.
+    pub ignores_hangup: bool,
 }
 
 /// The result of sealing in the background.
@@ -72,6 +74,7 @@ impl Driver<'_> {
     pub async fn drive(mut self) -> Result<(RunResult, Scheduler, Recorder), DriveError> {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(DriveError::Signals)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(DriveError::Signals)?;
+        let mut hangup = signal(SignalKind::hangup()).map_err(DriveError::Signals)?;
         let (seals_in, mut seals) = mpsc::unbounded_channel();
         let mut ticker = tokio::time::interval(TICK);
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -82,6 +85,7 @@ impl Driver<'_> {
                 Some(sealed) = seals.recv() => Some(after_sealing(sealed)),
                 _ = interrupt.recv() => Some(self.stop()),
                 _ = terminate.recv() => Some(self.stop()),
+                _ = hangup.recv() => self.hang_up(),
                 _ = ticker.tick() => {
                     self.progress.tick(now_ms());
                     Some(Event::Tick)
@@ -104,6 +108,11 @@ impl Driver<'_> {
             }
             What::Ended(ended) => Some(Event::Ended { node, attempt, ended }),
         }
+    }
+
+    /// Stops gently when the terminal has gone. Shell and kernel may both say so, which is no second request.
+    fn hang_up(&mut self) -> Option<Event> {
+        (!self.ignores_hangup && !self.scheduler.is_stopping()).then(|| self.stop())
     }
 
     fn stop(&mut self) -> Event {

@@ -220,7 +220,7 @@ fn encode(record: &JournalRecord) -> Result<(String, String), serde_json::Error>
 }
 
 /// Reads a line and its hash. The hash is over the text as written, so that no number has to be printed again.
-fn decode(line: &[u8]) -> Result<(JournalRecord, String), String> {
+pub(super) fn decode(line: &[u8]) -> Result<(JournalRecord, String), String> {
     let line = std::str::from_utf8(line).map_err(|_| "it is not UTF-8".to_owned())?;
     let no_hash = || "it has no hash".to_owned();
     let open = line.strip_suffix("\"}").ok_or_else(no_hash)?;

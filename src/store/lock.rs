@@ -6,8 +6,13 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+
+/// Tries before a lock counts as held, and the pause between them.
+const NUM_TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Who holds the lock.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,14 +74,20 @@ impl Lock {
             std::fs::create_dir_all(folder).map_err(io)?;
         }
         let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut text = String::new();
-                let _ = file.read_to_string(&mut text);
-                return Err(LockError::Held { path: path.to_owned(), holder: serde_json::from_str(&text).ok() });
+        let mut num_tries = 0;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                // Someone who asks for the holder has the lock for a moment.
+                Err(TryLockError::WouldBlock) if num_tries < NUM_TRIES => {
+                    num_tries += 1;
+                    std::thread::sleep(PAUSE);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    return Err(LockError::Held { path: path.to_owned(), holder: read_holder(&mut file) });
+                }
+                Err(TryLockError::Error(source)) => return Err(io(source)),
             }
-            Err(TryLockError::Error(source)) => return Err(io(source)),
         }
         let text = serde_json::to_string(holder).map_err(|error| io(error.into()))?;
         file.set_len(0).map_err(io)?;
@@ -85,6 +96,41 @@ impl Lock {
         file.sync_data().map_err(io)?;
         Ok(Self { _file: file })
     }
+
+    /// Returns who holds the lock at `path` now; what a dead process left there does not count.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is held by someone who has not said who.
+    pub fn holder(path: &Path) -> Result<Option<Holder>, LockError> {
+        let io = |source| LockError::Io { path: path.to_owned(), source };
+        let mut file = match File::open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io(error)),
+        };
+        match file.try_lock_shared() {
+            Ok(()) => Ok(None),
+            Err(TryLockError::WouldBlock) => match read_holder(&mut file) {
+                Some(holder) => Ok(Some(holder)),
+                None => Err(LockError::Held { path: path.to_owned(), holder: None }),
+            },
+            Err(TryLockError::Error(source)) => Err(io(source)),
+        }
+    }
+}
+
+/// Reads who holds the lock; one that is just being taken does not say yet.
+fn read_holder(file: &mut File) -> Option<Holder> {
+    for _ in 0..NUM_TRIES {
+        let mut text = String::new();
+        file.seek(SeekFrom::Start(0)).ok()?;
+        file.read_to_string(&mut text).ok()?;
+        if let Ok(holder) = serde_json::from_str(&text) {
+            return Some(holder);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    None
 }
 
 #[cfg(test)]
@@ -99,7 +145,9 @@ mod tests {
         let lock = Lock::take(&path, &holder(11)).unwrap();
         let message = Lock::take(&path, &holder(12)).unwrap_err().to_string();
         assert!(message.contains("process 11 on node7"), "{message}");
+        assert_eq!(Lock::holder(&path).unwrap(), Some(holder(11)));
         drop(lock);
+        assert_eq!(Lock::holder(&path).unwrap(), None);
         Lock::take(&path, &holder(12)).unwrap();
     }
 }

@@ -5,7 +5,9 @@
 pub mod accepted;
 pub mod artifacts;
 pub mod external;
+pub mod glance;
 pub mod history;
+pub mod index;
 pub mod journal;
 pub mod layout;
 pub mod lock;
@@ -13,6 +15,7 @@ pub mod recorder;
 pub mod runs;
 pub mod saved;
 pub mod state;
+pub mod tail;
 
 pub use artifacts::ArtifactStore;
 pub use external::FileHashes;

@@ -74,7 +74,7 @@ impl Project {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_deepgen"));
         command.args(arguments).current_dir(self.dir.path()).env_remove("RUST_LOG").env("NO_COLOR", "1");
-        if matches!(arguments[0], "run" | "sweep") {
+        if matches!(arguments[0], "run" | "sweep" | "retry") {
             command.arg("--worker").arg(fake_worker());
         }
         command
@@ -92,7 +92,12 @@ impl Project {
 
     /// Starts running the pipeline and returns at once.
     pub fn start(&self) -> Running<'_> {
-        let mut command = self.command(&["run", "pipelines/small.toml"]);
+        self.start_with(&[])
+    }
+
+    /// Starts running the pipeline with further arguments and returns at once.
+    pub fn start_with(&self, arguments: &[&str]) -> Running<'_> {
+        let mut command = self.command(&[&["run", "pipelines/small.toml"], arguments].concat());
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("deepgen starts");
         Running { project: self, child }
     }
@@ -164,6 +169,13 @@ impl Project {
 
     fn has_run(&self) -> bool {
         self.deepgen(&["status"]).code == 0
+    }
+
+    /// Returns the process that holds the artifacts folder.
+    pub fn orchestrator(&self) -> u32 {
+        let holder = fs::read_to_string(self.path("artifacts/state/lock")).expect("a lock");
+        let holder: Value = serde_json::from_str(&holder).expect("JSON");
+        u32::try_from(holder["pid"].as_u64().expect("a process")).expect("a process id")
     }
 
     /// Returns the process of the worker that has a node's attempt.
