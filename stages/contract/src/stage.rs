@@ -151,7 +151,11 @@ impl StageKind {
 
     /// Returns the version of the stage's code: part of every fingerprint, raised when results change.
     pub fn code_version(self) -> u32 {
-        1
+        match self {
+            // 2: the shapes world's `clip_sim` became continuous.
+            Self::Rl => 2,
+            _ => 1,
+        }
     }
 
     /// Returns true when the stage computes on the run's device; the others use a core and no accelerator.
