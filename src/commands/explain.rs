@@ -170,6 +170,7 @@ pub fn node_text(plan: &Plan, planned: &PlannedNode, story: &Story) -> String {
     let mut ports = Table::new(&["  port", "accepts", "node", "verdict", "fingerprint"]);
     for (port, input) in &node.inputs {
         let accepts = match node.kind.ports() {
+            Ports::Free => None,
             Ports::Members(kind) => Some(kind),
             Ports::Named(all) => all.iter().find(|known| known.name == port).map(|known| known.accepts),
         };
@@ -187,7 +188,7 @@ pub fn node_text(plan: &Plan, planned: &PlannedNode, story: &Story) -> String {
     for (key, hash) in content {
         let _ = writeln!(text, "  content of {key}: {}", hash.get(..12).unwrap_or(hash));
     }
-    let _ = write!(text, "makes {}; takes {}", node.kind.output(), amounts(&node.slots));
+    let _ = write!(text, "makes {}; takes {}", node.settings.output(), amounts(&node.slots));
     let _ = writeln!(text, "; device {}, threads {}, retries {}\n", node.device, node.threads, node.retries);
     let mut settings = Table::new(&["  setting", "value", "from"]);
     for (key, value) in setting_leaves(&node.settings) {

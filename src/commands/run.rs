@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use deepgen_contract::stage::StageKind;
 use tokio::sync::mpsc;
 
 use super::opening::{Opened, changed_results, entry, open_run, save_environment};
@@ -15,7 +16,7 @@ use super::{Overriding, detach, load_or_report, results_of};
 use crate::cli::{Exit, Wrong};
 use crate::environment::{self, Captured};
 use crate::exec::LocalExecutor;
-use crate::plan::{Missing, Plan, Verdict};
+use crate::plan::{Missing, Plan, PlannedNode, Verdict};
 use crate::progress;
 use crate::progress::format::now_ms;
 use crate::run::driver::Driver;
@@ -155,7 +156,7 @@ pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<
         super::plan::refuse_dear(&super::plan::costs(&selected.plan, &store), most)?;
     }
     let worker = find_worker(resolved, how, &selected.plan)?;
-    let is_computing = worker.is_some();
+    let is_computing = selected.plan.nodes.iter().any(|node| node.verdict != Verdict::Cached);
     let captured = match is_computing {
         true => environment::capture(&resolved.root, worker.as_deref(), &hashes),
         false => Captured::default(),
@@ -237,7 +238,8 @@ fn refuse_missing(plan: &Plan) -> Result<()> {
 
 /// Returns the worker program, or nothing when every result is there already.
 fn find_worker(resolved: &Resolved, how: &How, plan: &Plan) -> Result<Option<PathBuf>> {
-    if plan.nodes.iter().all(|node| node.verdict == Verdict::Cached) {
+    let needs_worker = |node: &PlannedNode| node.verdict != Verdict::Cached && node.node.kind != StageKind::Command;
+    if !plan.nodes.iter().any(needs_worker) {
         return Ok(None);
     }
     let beside = || std::env::current_exe().ok().map(|own| own.with_file_name("deepgen-worker"));

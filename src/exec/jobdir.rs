@@ -12,6 +12,7 @@ use deepgen_contract::id::Fingerprint;
 use deepgen_contract::job::{EVENTS_FILE, JOB_FILE, JobSpec, OUT_DIR, OUTCOME_FILE, Outcome};
 use serde::{Deserialize, Serialize};
 
+use super::command;
 use super::process::{self, ProcessId};
 use crate::run::board::Start;
 use crate::store::external::write_atomically;
@@ -92,7 +93,7 @@ impl JobDir {
         match lease.worker {
             Some(worker) => worker.is_alive().then_some(worker),
             // The orchestrator died between the start of the worker and writing that down.
-            None => process::find_by_last_argument(&self.attempt(attempt)),
+            None => process::find_by_job(&self.attempt(attempt)),
         }
     }
 
@@ -109,8 +110,21 @@ impl JobDir {
         if has_lease && is_done && folder.join(OUT_DIR).is_dir() {
             return Start::Finished { attempt: newest };
         }
+        // A shell line ended while nobody watched; whoever follows it draws the conclusion.
+        let is_concluded = !matches!(outcome(&folder), Ok(None));
+        if has_lease && !is_concluded && command::written_code(&folder).is_some() {
+            return Start::Alive { attempt: newest };
+        }
         Start::Fresh { next_attempt: newest + 1 }
     }
+}
+
+/// Reads the description of an attempt's job.
+///
+/// # Errors
+/// When it is missing or of another program.
+pub fn job(attempt: &Path) -> io::Result<JobSpec> {
+    Ok(serde_json::from_slice(&fs::read(attempt.join(JOB_FILE))?)?)
 }
 
 /// Reads how an attempt ended, if it did.

@@ -1,20 +1,24 @@
-//! Jobs as child processes of this machine: `deepgen-worker <job directory>`, each in a process group of its own.
+//! Jobs as child processes of this machine: `deepgen-worker <job directory>`, or the program of a command, each in a
+//! process group of its own.
 //!
 //! A worker outlives a killed orchestrator and harms nothing: it writes only into its attempt. Its events are read by
 //! polling the file, the same way whether it is a child or was started by an earlier orchestrator.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::process::ExitStatusExt;
+use std::fs::{self, File};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
-use std::process::{ExitStatus, Stdio};
-use std::time::Duration;
+use std::process::{Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
+use deepgen_contract::command::CommandSettings;
 use deepgen_contract::id::{Fingerprint, NodeName};
-use deepgen_contract::job::{FailureCause, JobSpec, Outcome, STDERR_FILE, STDOUT_FILE};
-use tokio::process::{Child, Command};
+use deepgen_contract::job::{FailureCause, JobSpec, OUT_DIR, Outcome, STDERR_FILE, STDOUT_FILE};
+use deepgen_contract::settings::Settings;
+use tokio::process::Child;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::command::{self, End};
 use super::executor::{ExecError, Executor, Report, What};
 use super::jobdir::{self, EventTail, JobDir};
 use super::process::ProcessId;
@@ -23,6 +27,8 @@ use crate::run::scheduler::{Cancel, Ended};
 
 /// Time between two looks at a job directory.
 const POLL: Duration = Duration::from_millis(150);
+/// Variable that names a job's folder to its process, and its process to whoever looks for it.
+pub const JOB_VARIABLE: &str = "DEEPGEN_JOB";
 /// Part of a dead worker's standard error that goes into the message.
 const NUM_LAST_LINES: usize = 5;
 
@@ -42,28 +48,39 @@ impl LocalExecutor {
         Self { worker, jobs, host, reports, running: BTreeMap::new() }
     }
 
-    fn spawn(&self, folder: &Path, threads: usize) -> Result<Child, ExecError> {
-        let log = |name: &str| {
-            File::create(folder.join(name)).map_err(|source| ExecError::JobDir { path: folder.to_owned(), source })
+    fn spawn(&self, job: &JobSpec, folder: &Path) -> Result<Child, ExecError> {
+        let at = |source| ExecError::JobDir { path: folder.to_owned(), source };
+        let log = |name: &str| File::create(folder.join(name)).map_err(at);
+        let mut process = match &job.settings {
+            Settings::Command(settings) => {
+                fs::create_dir(folder.join(OUT_DIR)).map_err(at)?;
+                command::process(settings, job, folder)
+            }
+            _ => self.worker(job, folder),
         };
-        Command::new(&self.worker)
+        process.env(JOB_VARIABLE, folder).stdin(Stdio::null());
+        process.stdout(log(STDOUT_FILE)?).stderr(log(STDERR_FILE)?).process_group(0);
+        let program = PathBuf::from(process.get_program());
+        let mut process = tokio::process::Command::from(process);
+        process.kill_on_drop(false).spawn().map_err(|source| ExecError::Spawn { worker: program, source })
+    }
+
+    fn worker(&self, job: &JobSpec, folder: &Path) -> Command {
+        let mut worker = Command::new(&self.worker);
+        worker
             .arg(folder)
-            .env("RAYON_NUM_THREADS", threads.to_string())
+            .env("RAYON_NUM_THREADS", job.threads.to_string())
             // Tensors come and go by the megabyte: without these the allocator hands each back to the kernel, which
             // cost a third of a sampling step's time.
             .env("MALLOC_MMAP_THRESHOLD_", "1073741824")
-            .env("MALLOC_TRIM_THRESHOLD_", "4294967296")
-            .stdin(Stdio::null())
-            .stdout(log(STDOUT_FILE)?)
-            .stderr(log(STDERR_FILE)?)
-            .process_group(0)
-            .kill_on_drop(false)
-            .spawn()
-            .map_err(|source| ExecError::Spawn { worker: self.worker.clone(), source })
+            .env("MALLOC_TRIM_THRESHOLD_", "4294967296");
+        worker
     }
 
-    fn follow(&mut self, node: &NodeName, attempt: u32, folder: PathBuf, watched: Watched) {
-        let follower = Follower { node: node.clone(), attempt, folder, reports: self.reports.clone() };
+    fn follow(&mut self, node: &NodeName, attempt: u32, job: Followed, watched: Watched) {
+        let Followed { folder, command } = job;
+        let reports = self.reports.clone();
+        let follower = Follower { node: node.clone(), attempt, folder, command, reports, begun: Instant::now() };
         tokio::spawn(follower.run(watched));
     }
 }
@@ -73,12 +90,16 @@ impl Executor for LocalExecutor {
         let dir = JobDir::new(&self.jobs, &job.fingerprint);
         let at = |source| ExecError::JobDir { path: dir.attempt(job.attempt), source };
         let folder = dir.create(job, &self.host).map_err(at)?;
-        let child = self.spawn(&folder, job.threads)?;
+        let child = self.spawn(job, &folder)?;
         let process = ProcessId::of(child.id().unwrap_or_default());
         // Without this line a later orchestrator finds the worker by its command line.
         dir.give_lease(job.attempt, &self.host, Some(process)).map_err(at)?;
         self.running.insert(job.node.clone(), process);
-        self.follow(&job.node, job.attempt, folder, Watched::Child(child));
+        let command = match &job.settings {
+            Settings::Command(settings) => Some(settings.clone()),
+            _ => None,
+        };
+        self.follow(&job.node, job.attempt, Followed { folder, command }, Watched::Child(child));
         Ok(())
     }
 
@@ -86,7 +107,12 @@ impl Executor for LocalExecutor {
         let dir = JobDir::new(&self.jobs, fingerprint);
         let process = dir.live_worker(attempt, &self.host);
         self.running.extend(process.map(|process| (node.clone(), process)));
-        self.follow(node, attempt, dir.attempt(attempt), Watched::Other(process));
+        let folder = dir.attempt(attempt);
+        let command = match jobdir::job(&folder).map(|job| job.settings) {
+            Ok(Settings::Command(settings)) => Some(settings),
+            _ => None,
+        };
+        self.follow(node, attempt, Followed { folder, command }, Watched::Other(process));
     }
 
     fn cancel(&mut self, node: &NodeName, how: Cancel) {
@@ -94,6 +120,13 @@ impl Executor for LocalExecutor {
             process.signal(how);
         }
     }
+}
+
+/// What is followed.
+struct Followed {
+    folder: PathBuf,
+    /// The command, which writes no outcome by itself.
+    command: Option<CommandSettings>,
 }
 
 /// The process behind an attempt.
@@ -104,19 +137,36 @@ enum Watched {
 
 impl Watched {
     /// Waits for the end of the process, at most one poll long.
-    async fn ended(&mut self) -> Option<String> {
+    async fn ended(&mut self) -> Option<LastSeen> {
         match self {
             Self::Child(child) => match tokio::time::timeout(POLL, child.wait()).await {
-                Ok(Ok(status)) => Some(describe(status)),
-                Ok(Err(error)) => Some(format!("it cannot be waited for: {error}")),
+                Ok(Ok(status)) => Some(LastSeen {
+                    code: status.code(),
+                    words: describe(status),
+                    is_killed: status.signal().is_some(),
+                }),
+                Ok(Err(error)) => Some(LastSeen::unknown(format!("it cannot be waited for: {error}"))),
                 Err(_) => None,
             },
             Self::Other(Some(process)) if process.is_alive() => {
                 tokio::time::sleep(POLL).await;
                 None
             }
-            Self::Other(_) => Some("it ended while no orchestrator watched".into()),
+            Self::Other(_) => Some(LastSeen::unknown("it ended while no orchestrator watched".into())),
         }
+    }
+}
+
+/// What was seen of a process's end.
+struct LastSeen {
+    code: Option<i32>,
+    words: String,
+    is_killed: bool,
+}
+
+impl LastSeen {
+    fn unknown(words: String) -> Self {
+        Self { code: None, words, is_killed: false }
     }
 }
 
@@ -125,6 +175,8 @@ struct Follower {
     node: NodeName,
     attempt: u32,
     folder: PathBuf,
+    command: Option<CommandSettings>,
+    begun: Instant,
     reports: UnboundedSender<Report>,
 }
 
@@ -141,7 +193,29 @@ impl Follower {
                 break end;
             }
         };
-        self.send(What::Ended(self.how_it_ended(&end)));
+        let ended = match &self.command {
+            Some(settings) => self.how_the_command_ended(settings, &end),
+            None => self.how_it_ended(&end.words),
+        };
+        self.send(What::Ended(ended));
+    }
+
+    /// Writes the outcome that a command cannot write.
+    fn how_the_command_ended(&self, settings: &CommandSettings, end: &LastSeen) -> Ended {
+        let code = end.code.or_else(|| command::written_code(&self.folder));
+        if end.is_killed {
+            return Ended::Died { message: format!("{}{}", end.words, self.last_words()) };
+        }
+        let end = End { code, last_words: self.last_words() };
+        match command::conclude(settings, &self.folder, end, self.begun.elapsed().as_secs_f64()) {
+            Ok(Outcome::Done { .. }) => Ended::Done,
+            Ok(Outcome::Stopped { step }) => Ended::Stopped { step },
+            Ok(Outcome::Failed { cause, message }) => Ended::Failed(Failure { cause, message }),
+            Err(error) => Ended::Failed(Failure {
+                cause: FailureCause::Io,
+                message: format!("its outcome cannot be written into {}: {error}", self.folder.display()),
+            }),
+        }
     }
 
     fn how_it_ended(&self, end: &str) -> Ended {

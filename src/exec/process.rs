@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use super::local::JOB_VARIABLE;
 use crate::run::scheduler::Cancel;
 
 /// A process that cannot be mistaken for a later one of the same number.
@@ -68,16 +69,20 @@ fn parse_stat(text: &str) -> Option<(char, u64)> {
     Some((state, started))
 }
 
-/// Returns a process whose last argument is `argument`: a worker whose lease was not written in time.
-pub fn find_by_last_argument(argument: &Path) -> Option<ProcessId> {
+/// Returns the process of a job's folder whose lease was not written in time: its environment names the folder.
+pub fn find_by_job(folder: &Path) -> Option<ProcessId> {
     let entries = fs::read_dir("/proc").ok()?;
     let pids = entries.filter_map(Result::ok).filter_map(|entry| entry.file_name().to_str()?.parse().ok());
-    let argument = argument.as_os_str().as_encoded_bytes();
+    let variable = [JOB_VARIABLE.as_bytes(), b"=", folder.as_os_str().as_encoded_bytes()].concat();
     let is_it = |pid: &u32| {
-        let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
-        line.strip_suffix(&[0]).unwrap_or(&line).rsplit(|&byte| byte == 0).next() == Some(argument)
+        let Ok(variables) = fs::read(format!("/proc/{pid}/environ")) else { return false };
+        variables.split(|&byte| byte == 0).any(|found| found == variable)
     };
-    pids.filter(is_it).map(ProcessId::of).find(|process| process.is_alive())
+    let mut found: Vec<ProcessId> =
+        pids.filter(is_it).map(ProcessId::of).filter(|process| process.is_alive()).collect();
+    // Its own children carry the variable too; the job leads the process group, and it is the oldest.
+    found.sort_by_key(|process| (process.started, process.pid));
+    found.first().copied()
 }
 
 #[cfg(test)]

@@ -215,7 +215,7 @@ fn seal(plan: &Plan, planned: &PlannedNode, store: &ArtifactStore, story: &Story
     let run_seconds = seconds(node.kind);
     let manifest = Manifest {
         version: MANIFEST_VERSION,
-        kind: node.kind.output(),
+        kind: node.settings.output(),
         fingerprint: planned.fingerprint,
         node: node.name.clone(),
         stage: node.stage.clone(),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use deepgen_contract::artifact::Environment;
 use deepgen_contract::id::NodeName;
-use deepgen_contract::job::{FailureCause, JOB_VERSION, JobInput, JobSpec};
+use deepgen_contract::job::{FailureCause, JOB_VERSION, JobInput, JobRemedies, JobSpec};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
@@ -211,7 +211,7 @@ impl Driver<'_> {
         let input = |(port, producer): (&String, &NodeName)| {
             let source = self.planned(producer);
             let input = JobInput {
-                kind: source.node.kind.output(),
+                kind: source.node.settings.output(),
                 path: self.layout.artifact(&source.fingerprint),
                 fingerprint: source.fingerprint,
                 node: producer.clone(),
@@ -227,12 +227,14 @@ impl Driver<'_> {
             fingerprint: planned.fingerprint,
             attempt,
             seed: resolved.seed,
-            device: if resolved.kind.uses_device() { resolved.device.clone() } else { "cpu".into() },
+            device: if resolved.settings.uses_device() { resolved.device.clone() } else { "cpu".into() },
             threads: resolved.threads,
             project_root: self.root.clone(),
             settings: resolved.settings.clone(),
             inputs: resolved.inputs.iter().map(input).collect::<BTreeMap<_, _>>(),
             earlier_attempts: earlier.map(|earlier| dir.attempt(earlier)).collect(),
+            slot_ids: BTreeMap::new(),
+            remedies: JobRemedies::default(),
         }
     }
 }

@@ -66,10 +66,10 @@ impl Sealing {
         let own = span_ms(&dir, self.attempt);
         let earlier_seconds: f64 = spans.iter().map(|(first, last)| last.saturating_sub(*first) as f64 / 1000.0).sum();
         let resolved = &self.node.node;
-        let device = if resolved.kind.uses_device() { resolved.device.clone() } else { "cpu".into() };
+        let device = if resolved.settings.uses_device() { resolved.device.clone() } else { "cpu".into() };
         let manifest = Manifest {
             version: MANIFEST_VERSION,
-            kind: resolved.kind.output(),
+            kind: resolved.settings.output(),
             fingerprint: self.node.fingerprint,
             node: resolved.name.clone(),
             stage: resolved.stage.clone(),

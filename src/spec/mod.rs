@@ -2,6 +2,7 @@
 //! problems at once.
 
 mod assignment;
+mod command;
 pub mod diagnostic;
 mod expand;
 mod fields;

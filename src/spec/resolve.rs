@@ -10,10 +10,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
+use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
 
 use super::assignment::{Assignment, HEADER};
+use super::command;
 use super::diagnostic::Diagnostic;
 use super::expand::{Instance, Point, expand};
 use super::fields::SlotTable;
@@ -25,7 +27,7 @@ use super::shape::{self, Check, Shape};
 use super::smoke;
 use super::stage_file::{PAPER_PROFILE, extended};
 use super::tree::{NOT_TOML, Source, Spot, Tree, Value};
-use super::wiring::{INPUT_PREFIX, split_selector, wire};
+use super::wiring::{INPUT_PREFIX, Made, split_selector, wire};
 use crate::plan::training_sizes;
 
 /// Profile used when neither the command line nor the file names one.
@@ -68,7 +70,8 @@ pub fn resolve(
     let tables = tables_under(pipeline, &profiles, problems);
     let kind_of = |table: &NodeTable| Some(project.stage(&table.stage.as_ref()?.0)?.kind);
     let kinds: Vec<Option<StageKind>> = tables.iter().map(kind_of).collect();
-    let wiring = wire(&tables, &kinds, problems);
+    let made: Vec<Option<Made>> = tables.iter().map(|table| made(project, table)).collect();
+    let wiring = wire(&tables, &made, problems);
     let instances = expand(&tables, &wiring, problems);
     let executor = executor(pipeline, &profiles);
     let seed = header_seed(pipeline, &request.assignments, problems);
@@ -103,6 +106,16 @@ pub fn resolve(
     };
     check_models(&resolved, &tables, problems);
     resolved
+}
+
+/// Returns what is known of a node's stage; of a command, what its file and the node say that it makes.
+fn made(project: &Project, table: &NodeTable) -> Option<Made> {
+    let stage = project.stage(&table.stage.as_ref()?.0)?;
+    let trees = table.set.iter().chain([&stage.defaults]);
+    let word = trees.filter_map(|tree| tree.get("output_kind")?.text()).next();
+    let word = word.filter(|_| stage.kind == StageKind::Command);
+    let output = ArtifactKind::ALL.into_iter().find(|kind| Some(kind.name()) == word);
+    Some(Made { kind: stage.kind, output: output.unwrap_or_else(|| stage.kind.output()) })
 }
 
 /// Reports models that cannot be built, such as a bridge over layers that the decoder does not have.
@@ -307,8 +320,11 @@ impl Builder<'_> {
         }
         fill_inherited(&mut settings, instance, shape::of(kind));
         let typed = self.typed(&settings, table, kind, is_whole)?;
+        if let Settings::Command(command) = &typed {
+            command::check(command, &settings, table, &instance.inputs, self.problems);
+        }
         self.check_members(&settings, instance, kind);
-        let (slots, slot_ids) = self.slots(table, kind, &run);
+        let (slots, slot_ids) = self.slots(table, typed.uses_device(), &run);
         let limit = |seconds: Option<f64>| seconds.filter(|seconds| *seconds > 0.0);
         let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
         settings.leaves("", &mut |key, tree| {
@@ -318,12 +334,12 @@ impl Builder<'_> {
             name: instance.name.clone(),
             stage: stage.to_owned(),
             kind,
+            device: if typed.uses_device() { self.executor.device.clone() } else { "cpu".to_owned() },
+            threads: if typed.uses_device() { self.executor.threads } else { 1 },
             settings: typed,
             origins,
             inputs: BTreeMap::new(),
             seed: run.seed.unwrap_or(self.seed),
-            device: if kind.uses_device() { self.executor.device.clone() } else { "cpu".to_owned() },
-            threads: if kind.uses_device() { self.executor.threads } else { 1 },
             slots,
             slot_ids,
             needs: Vec::new(),
@@ -374,10 +390,10 @@ impl Builder<'_> {
     }
 
     /// Returns a node's shares and the identities it asks for; reports what the executor never has.
-    fn slots(&mut self, table: &NodeTable, kind: StageKind, run: &RunTable) -> Shares {
+    fn slots(&mut self, table: &NodeTable, uses_device: bool, run: &RunTable) -> Shares {
         let Executor { slots: capacity, slot_ids, .. } = self.executor;
         let Some(slots) = &run.slots else {
-            let name = if kind.uses_device() && capacity.contains_key("gpu") { "gpu" } else { "cpu" };
+            let name = if uses_device && capacity.contains_key("gpu") { "gpu" } else { "cpu" };
             let share = capacity.get(name).map(|most| (name.to_owned(), most.min(1.0)));
             return (share.into_iter().collect(), BTreeMap::new());
         };

@@ -56,12 +56,21 @@ pub fn split_selector(text: &str) -> (&str, Vec<String>) {
     }
 }
 
-/// Checks every wire of `tables`, whose stages are of `kinds`.
-pub fn wire(tables: &[NodeTable], kinds: &[Option<StageKind>], problems: &mut Vec<Diagnostic>) -> Wiring {
+/// What is known of a node's stage before its settings are merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Made {
+    /// Kind of the stage.
+    pub kind: StageKind,
+    /// What it makes.
+    pub output: ArtifactKind,
+}
+
+/// Checks every wire of `tables`, whose stages are `made`.
+pub fn wire(tables: &[NodeTable], made: &[Option<Made>], problems: &mut Vec<Diagnostic>) -> Wiring {
     let index: BTreeMap<&str, usize> = tables.iter().enumerate().map(|(at, table)| (table.name.as_str(), at)).collect();
     let mut wires = Vec::with_capacity(tables.len());
-    for (table, kind) in tables.iter().zip(kinds) {
-        let mut wiring = Nodes { index: &index, kinds, problems }.wires_of(table, *kind);
+    for (table, kind) in tables.iter().zip(made) {
+        let mut wiring = Nodes { index: &index, made, problems }.wires_of(table, kind.map(|made| made.kind));
         wiring.is_whole &= kind.is_some();
         wires.push(wiring);
     }
@@ -81,7 +90,7 @@ fn targets(wires: &Wires) -> impl Iterator<Item = usize> + '_ {
 
 struct Nodes<'a> {
     index: &'a BTreeMap<&'a str, usize>,
-    kinds: &'a [Option<StageKind>],
+    made: &'a [Option<Made>],
     problems: &'a mut Vec<Diagnostic>,
 }
 
@@ -128,6 +137,7 @@ impl Nodes<'_> {
     /// Returns the port of a name; reports a name that the kind does not have.
     fn port(&mut self, kind: Option<StageKind>, name: &str, spot: &Spot) -> Option<Port> {
         match kind?.ports() {
+            Ports::Free => None,
             Ports::Members(accepts) => Some(Port { name: "", accepts, required: false }),
             Ports::Named(ports) => {
                 let found = ports.iter().find(|port| port.name == name).copied();
@@ -156,7 +166,7 @@ impl Nodes<'_> {
             );
             return None;
         };
-        let made = self.kinds[table].map(StageKind::output);
+        let made = self.made[table].map(|made| made.output);
         if let (Some(port), Some(made), Some(kind)) = (port, made, kind)
             && made != port.accepts
         {
@@ -172,7 +182,7 @@ impl Nodes<'_> {
         };
         let message = format!("`{base}` makes {made}, but {taker} takes {}", port.accepts);
         let problem = Diagnostic::new(message).at(spot, format!("{made}, not {}", port.accepts));
-        let fits = |at: &usize| self.kinds[*at].map(StageKind::output) == Some(port.accepts);
+        let fits = |at: &usize| self.made[*at].map(|made| made.output) == Some(port.accepts);
         let fitting: Vec<&str> = self.index.iter().filter(|(_, at)| fits(at)).map(|(name, _)| *name).collect();
         self.problems.push(match fitting.is_empty() {
             true => problem,
@@ -197,7 +207,7 @@ impl Nodes<'_> {
                     format!("a `{kind}` stage takes one or more nodes that make {accepts}, under names of your choice");
                 self.problems.push(Diagnostic::new(message).at(&table.spot, "incomplete").help(help));
             }
-            Ports::Members(_) => {}
+            Ports::Members(_) | Ports::Free => {}
         }
     }
 }

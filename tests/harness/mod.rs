@@ -178,6 +178,15 @@ impl Project {
         u32::try_from(holder["pid"].as_u64().expect("a process")).expect("a process id")
     }
 
+    /// Waits until the lease of a node's attempt names its process.
+    pub fn wait_for_worker(&self, node: &str, attempt: u32) {
+        let lease = self.job(node, attempt).with_file_name("lease.json");
+        wait_for(&format!("the process of {node}"), || {
+            let lease: Option<Value> = fs::read(&lease).ok().and_then(|text| serde_json::from_slice(&text).ok());
+            lease.is_some_and(|lease| lease["attempt"] == attempt && !lease["worker"].is_null())
+        });
+    }
+
     /// Returns the process of the worker that has a node's attempt.
     pub fn worker(&self, node: &str, attempt: u32) -> u32 {
         let lease = self.job(node, attempt).with_file_name("lease.json");

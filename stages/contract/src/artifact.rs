@@ -17,7 +17,8 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const MANIFEST_VERSION: u32 = 1;
 
 /// What an artifact holds; ports are typed by it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ArtifactKind {
     /// `model.json` and safetensors of each part: what a stage starts from.
@@ -32,9 +33,16 @@ pub enum ArtifactKind {
     Images,
     /// A table of scores.
     Scores,
+    /// Whatever a command left: no port but a command's takes it.
+    #[default]
+    Data,
 }
 
 impl ArtifactKind {
+    /// Every kind.
+    pub const ALL: [Self; 7] =
+        [Self::Weights, Self::Dataset, Self::Mixture, Self::Checkpoint, Self::Images, Self::Scores, Self::Data];
+
     /// Returns the name used in messages and files.
     pub fn name(self) -> &'static str {
         match self {
@@ -44,6 +52,7 @@ impl ArtifactKind {
             Self::Checkpoint => "checkpoint",
             Self::Images => "images",
             Self::Scores => "scores",
+            Self::Data => "data",
         }
     }
 }

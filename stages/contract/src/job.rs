@@ -73,6 +73,29 @@ pub struct JobSpec {
     pub inputs: BTreeMap<String, JobInput>,
     /// Attempt folders whose checkpoints may be continued, newest first, absolute.
     pub earlier_attempts: Vec<PathBuf>,
+    /// Identities of the slots that the job has, such as its GPUs.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub slot_ids: BTreeMap<String, Vec<u32>>,
+    /// What is done differently because earlier attempts failed.
+    #[serde(default)]
+    pub remedies: JobRemedies,
+}
+
+/// What an attempt does differently from the first, so that it does not fail of the same cause.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JobRemedies {
+    /// The micro-batch is divided by this, and as many more of them are accumulated: the global batch stays. A job that
+    /// cannot divide so far divides as far as it can.
+    pub micro_batch_division: u32,
+    /// Newest checkpoints that are passed over when the job looks for one to continue from.
+    pub roll_back: u32,
+}
+
+impl Default for JobRemedies {
+    fn default() -> Self {
+        Self { micro_batch_division: 1, roll_back: 0 }
+    }
 }
 
 /// `outcome.json`: how an attempt ended.
@@ -116,11 +139,19 @@ pub enum FailureCause {
     Io,
     /// A broken invariant of the worker.
     Internal,
+    /// An external program ended with a failure.
+    Program,
+    /// The attempt was over its time.
+    TimedOut,
+    /// Nothing was heard of the worker for too long.
+    Stalled,
+    /// The worker, or the machine under it, vanished without a word.
+    Lost,
 }
 
 impl FailureCause {
     /// Returns true when another attempt of the same job may end differently.
     pub fn may_retry(self) -> bool {
-        matches!(self, Self::OutOfMemory | Self::Io | Self::Internal)
+        !matches!(self, Self::Input | Self::NonFinite)
     }
 }

@@ -5,6 +5,7 @@
 
 pub mod artifact;
 pub mod base;
+pub mod command;
 pub mod data;
 pub mod eval;
 pub mod event;

@@ -4,9 +4,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::artifact::ArtifactKind;
 use crate::base::{
     AssembleSettings, BaseDitSettings, BaseTokenizerSettings, BaseVaeSettings, BaseVlmSettings, ImportSettings,
 };
+use crate::command::CommandSettings;
 use crate::data::{MixSettings, PrepareSettings};
 use crate::eval::{GenerateSettings, ScoreSettings};
 use crate::rl::RlSettings;
@@ -43,6 +45,8 @@ pub enum Settings {
     BaseDit(BaseDitSettings),
     /// See [`AssembleSettings`].
     Assemble(AssembleSettings),
+    /// See [`CommandSettings`].
+    Command(CommandSettings),
 }
 
 impl Settings {
@@ -81,6 +85,23 @@ impl Settings {
             Self::BaseVlm(_) => StageKind::BaseVlm,
             Self::BaseDit(_) => StageKind::BaseDit,
             Self::Assemble(_) => StageKind::Assemble,
+            Self::Command(_) => StageKind::Command,
+        }
+    }
+
+    /// Returns what the node makes.
+    pub fn output(&self) -> ArtifactKind {
+        match self {
+            Self::Command(command) => command.output_kind,
+            other => other.stage_kind().output(),
+        }
+    }
+
+    /// Returns true when the node computes on the run's device.
+    pub fn uses_device(&self) -> bool {
+        match self {
+            Self::Command(command) => command.uses_device(),
+            other => other.stage_kind().uses_device(),
         }
     }
 
@@ -95,6 +116,7 @@ impl Settings {
             Self::Prepare(prepare) => prepare.source.external_paths(),
             Self::Generate(generate) => generate.items.external_paths(),
             Self::Rl(rl) => rl.external_paths(),
+            Self::Command(command) => command.external_paths(),
             _ => Vec::new(),
         }
     }
@@ -128,5 +150,6 @@ pub fn schema(kind: StageKind) -> schemars::Schema {
         StageKind::BaseVlm => schemars::schema_for!(BaseVlmSettings),
         StageKind::BaseDit => schemars::schema_for!(BaseDitSettings),
         StageKind::Assemble => schemars::schema_for!(AssembleSettings),
+        StageKind::Command => schemars::schema_for!(CommandSettings),
     }
 }

@@ -38,6 +38,8 @@ pub enum StageKind {
     BaseDit,
     /// Puts the parts of a base together.
     Assemble,
+    /// An external program, started by the orchestrator itself.
+    Command,
 }
 
 /// An input of a stage.
@@ -58,6 +60,8 @@ pub enum Ports {
     Named(&'static [Port]),
     /// One or more, under names that the pipeline chooses and the settings refer to.
     Members(ArtifactKind),
+    /// Any number of any kind, under names that the pipeline chooses and the command refers to.
+    Free,
 }
 
 const fn required(name: &'static str, accepts: ArtifactKind) -> Port {
@@ -70,7 +74,7 @@ const fn optional(name: &'static str, accepts: ArtifactKind) -> Port {
 
 impl StageKind {
     /// Every kind.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Import,
         Self::Prepare,
         Self::Mix,
@@ -84,6 +88,7 @@ impl StageKind {
         Self::BaseVlm,
         Self::BaseDit,
         Self::Assemble,
+        Self::Command,
     ];
 
     /// Returns the name written in stage files.
@@ -102,6 +107,7 @@ impl StageKind {
             Self::BaseVlm => "base_vlm",
             Self::BaseDit => "base_dit",
             Self::Assemble => "assemble",
+            Self::Command => "command",
         }
     }
 
@@ -133,10 +139,11 @@ impl StageKind {
                 const { &[required("tokenizer", Weights), required("vae", Weights), required("data", Mixture)] },
             ),
             Self::Assemble => Ports::Members(Weights),
+            Self::Command => Ports::Free,
         }
     }
 
-    /// Returns what the stage makes.
+    /// Returns what the stage makes; a command's settings may say something else.
     pub fn output(self) -> ArtifactKind {
         match self {
             Self::Import | Self::Handoff | Self::Assemble => ArtifactKind::Weights,
@@ -146,6 +153,7 @@ impl StageKind {
             Self::Train | Self::Rl => ArtifactKind::Checkpoint,
             Self::Generate => ArtifactKind::Images,
             Self::Score => ArtifactKind::Scores,
+            Self::Command => ArtifactKind::Data,
         }
     }
 
@@ -164,6 +172,8 @@ impl StageKind {
             Self::Train | Self::Rl | Self::Generate | Self::BaseVae | Self::BaseVlm | Self::BaseDit => true,
             Self::Import | Self::Prepare | Self::Mix | Self::Handoff | Self::Score => false,
             Self::BaseTokenizer | Self::Assemble => false,
+            // Unless its settings name the device: see `Settings::uses_device`.
+            Self::Command => false,
         }
     }
 }

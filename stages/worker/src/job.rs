@@ -151,6 +151,7 @@ fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
         Settings::BaseVlm(settings) => stages::base_vlm::run(settings, &mut context),
         Settings::BaseDit(settings) => stages::base_dit::run(settings, &mut context),
         Settings::Assemble(settings) => stages::assemble::run(settings, &mut context),
+        Settings::Command(_) => Err(JobError::input("a command is started by deepgen itself, without a worker")),
     }?;
     let lines = context.emitter.metric_lines();
     if !lines.is_empty() {
