@@ -6,13 +6,14 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use deepgen_contract::event::{WorkerEvent, WorkerEventKind};
 use deepgen_contract::job::EVENTS_FILE;
 
 use crate::error::{JobResult, OrFail};
+use crate::tensorboard::{EventFile, TENSORBOARD_DIR};
 
 /// Shortest time between two progress events, in milliseconds.
 const PROGRESS_INTERVAL_MS: u128 = 200;
@@ -25,6 +26,9 @@ pub struct Emitter {
     file: File,
     metric_lines: Vec<String>,
     last_progress: Option<Instant>,
+    /// Opened with the first number.
+    board: Option<EventFile>,
+    board_dir: PathBuf,
 }
 
 impl Emitter {
@@ -35,7 +39,8 @@ impl Emitter {
     pub fn open(job_dir: &Path) -> JobResult<Self> {
         let path = job_dir.join(EVENTS_FILE);
         let file = OpenOptions::new().create(true).append(true).open(&path).or_io(|| format!("open {path:?}"))?;
-        Ok(Self { file, metric_lines: Vec::new(), last_progress: None })
+        let board_dir = job_dir.join(TENSORBOARD_DIR);
+        Ok(Self { file, metric_lines: Vec::new(), last_progress: None, board: None, board_dir })
     }
 
     /// Appends an event. A full disk must not end the job here: the next checkpoint will say so with more to go on.
@@ -64,11 +69,13 @@ impl Emitter {
         line.insert("step".into(), step.into());
         line.extend(values.iter().map(|(name, value)| (name.clone(), (*value).into())));
         self.metric_lines.push(serde_json::Value::from(line).to_string());
+        self.show(|board| board.scalars(step, values.iter().map(|(name, value)| (name.as_str(), *value))));
         self.emit(WorkerEventKind::Metrics { step, values });
     }
 
     /// Reports numbers that depend on the clock: shown, but no part of the result.
     pub fn timing(&mut self, step: u64, values: Metrics) {
+        self.show(|board| board.scalars(step, values.iter().map(|(name, value)| (name.as_str(), *value))));
         self.emit(WorkerEventKind::Metrics { step, values });
     }
 
@@ -91,8 +98,30 @@ impl Emitter {
         &self.metric_lines
     }
 
-    /// Replaces the metric lines by those of a checkpoint.
+    /// Replaces the metric lines by those of a checkpoint; the curves of this attempt begin with them.
     pub fn restore_metric_lines(&mut self, lines: Vec<String>) {
+        for line in &lines {
+            let Ok(serde_json::Value::Object(line)) = serde_json::from_str(line) else { continue };
+            let step = line.get("step").and_then(serde_json::Value::as_u64).unwrap_or(0);
+            let values: Vec<_> =
+                line.iter().filter_map(|(name, value)| Some((name.as_str(), value.as_f64()?))).collect();
+            self.show(|board| board.scalars(step, values.into_iter().filter(|(name, _)| *name != "step")));
+        }
         self.metric_lines = lines;
+    }
+
+    /// Writes to the event file for TensorBoard. It is for looking at: failing to write it must not end the job.
+    fn show(&mut self, write: impl FnOnce(&mut EventFile) -> std::io::Result<()>) {
+        if self.board.is_none() {
+            match EventFile::create(&self.board_dir) {
+                Ok(board) => self.board = Some(board),
+                Err(error) => return tracing::warn!("no curves for TensorBoard: {error}"),
+            }
+        }
+        if let Some(board) = &mut self.board
+            && let Err(error) = write(board)
+        {
+            tracing::warn!("a curve for TensorBoard lost a point: {error}");
+        }
     }
 }
