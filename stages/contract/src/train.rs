@@ -128,6 +128,8 @@ pub enum OnNonFinite {
     Stop,
     /// Leave the update out and go on.
     Skip,
+    /// Go back to the newest checkpoint and on from there without the update that failed.
+    Rollback,
 }
 
 /// The training loop.
@@ -187,6 +189,9 @@ pub struct CheckpointSettings {
     pub every: u64,
     /// Newest checkpoints kept.
     pub keep: usize,
+    /// Bytes that all of them together may take; the newest is kept in any case.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_bytes: Option<u64>,
 }
 
 /// Settings of a `handoff` stage.

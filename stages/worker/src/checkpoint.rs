@@ -2,19 +2,21 @@
 //!
 //! Knows tensors by name and a few numbers, not what trains. A checkpoint is a folder `step-<n>` with `tensors.safetensors`
 //! (f32) and `state.json`, which holds the hash of the former. Both are synced inside `step-<n>.partial`; the folder gets its
-//! name by rename, so that a name without `.partial` is a whole checkpoint.
+//! name by rename, so that a name without `.partial` is a whole checkpoint. Writing happens on a thread of its own.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use burn::tensor::TensorData;
 use deepgen_contract::event::WorkerEventKind;
 use deepgen_contract::job::CHECKPOINTS_DIR;
+use deepgen_contract::train::CheckpointSettings;
 use deepgen_model::weights::{self, StoredType, WeightFile};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{JobResult, OrFail};
+use crate::error::{JobError, JobResult, OrFail};
 use crate::files;
 use crate::job::JobContext;
 
@@ -38,6 +40,23 @@ pub struct State {
     pub metric_lines: Vec<String>,
     /// Sums and counts of the metrics since the last line; sums as the bits of an f64, which JSON would round.
     pub window: BTreeMap<String, (u64, u64)>,
+    /// Steps that were left out after a roll-back.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub left_out: BTreeSet<u64>,
+}
+
+/// What a checkpoint is made of: a copy, so that training goes on while it is written.
+pub struct Snapshot {
+    /// Steps done.
+    pub step: u64,
+    /// Everything a later step depends on.
+    pub tensors: NamedTensors,
+    /// Metric lines so far.
+    pub metric_lines: Vec<String>,
+    /// Sums and counts of the metrics since the last line.
+    pub window: BTreeMap<String, (u64, u64)>,
+    /// Steps that were left out after a roll-back.
+    pub left_out: BTreeSet<u64>,
 }
 
 /// A checkpoint that was found and verified.
@@ -59,25 +78,81 @@ impl Found {
     }
 }
 
-/// Writes a checkpoint of `step` and removes all but the newest `keep`.
-///
-/// # Errors
-/// When the disk is full or cannot be written; earlier checkpoints are then untouched.
-pub fn save(
-    context: &mut JobContext,
-    step: u64,
-    tensors: &NamedTensors,
-    window: BTreeMap<String, (u64, u64)>,
-    keep: usize,
-) -> JobResult<()> {
-    let folder = context.checkpoints();
-    let lines = context.emitter.metric_lines().to_vec();
-    let path = write(&folder, step, tensors, lines, window)?;
-    let bytes = fs::metadata(path.join(TENSORS_FILE)).map_or(0, |data| data.len());
-    let name = folder_name(step);
-    context.emitter.emit(WorkerEventKind::Checkpoint { step, path: format!("{CHECKPOINTS_DIR}/{name}"), bytes });
-    for (_, old) in candidates(&folder).into_iter().skip(keep.max(1)) {
-        fs::remove_dir_all(&old).or_io(|| format!("remove {}", old.display()))?;
+/// Writes checkpoints of one job, one at a time, beside the training.
+pub struct Writer {
+    folder: PathBuf,
+    settings: CheckpointSettings,
+    running: Option<(u64, JoinHandle<JobResult<u64>>)>,
+}
+
+impl Writer {
+    /// Returns the writer of a job's checkpoints.
+    pub fn new(context: &JobContext, settings: &CheckpointSettings) -> Self {
+        Self { folder: context.checkpoints(), settings: settings.clone(), running: None }
+    }
+
+    /// Begins to write a checkpoint, after the one before it is whole. Older ones are removed when it is.
+    ///
+    /// # Errors
+    /// When the one before it could not be written.
+    pub fn begin(&mut self, snapshot: Snapshot, context: &mut JobContext) -> JobResult<()> {
+        self.finish(context)?;
+        let (folder, settings, step) = (self.folder.clone(), self.settings.clone(), snapshot.step);
+        let write = move || {
+            let path = write(&folder, snapshot)?;
+            let bytes = fs::metadata(path.join(TENSORS_FILE)).map_or(0, |data| data.len());
+            retain(&folder, &settings)?;
+            Ok(bytes)
+        };
+        let thread = std::thread::Builder::new().name("checkpoint".into()).spawn(write);
+        self.running = Some((step, thread.or_io(|| "start a thread that writes a checkpoint")?));
+        Ok(())
+    }
+
+    /// Reports the checkpoint being written if it is whole by now.
+    ///
+    /// # Errors
+    /// When the disk is full or cannot be written; earlier checkpoints are then untouched.
+    pub fn poll(&mut self, context: &mut JobContext) -> JobResult<()> {
+        match &self.running {
+            Some((_, thread)) if thread.is_finished() => self.finish(context),
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until the checkpoint being written is whole.
+    ///
+    /// # Errors
+    /// As [`Writer::poll`].
+    pub fn finish(&mut self, context: &mut JobContext) -> JobResult<()> {
+        let Some((step, thread)) = self.running.take() else { return Ok(()) };
+        let bytes =
+            thread.join().map_err(|_| JobError::internal("writing a checkpoint panicked; see stderr.log"))??;
+        let path = format!("{CHECKPOINTS_DIR}/{}", folder_name(step));
+        context.emitter.emit(WorkerEventKind::Checkpoint { step, path, bytes });
+        Ok(())
+    }
+}
+
+impl Drop for Writer {
+    /// A thread must not go on writing where the next attempt, or a roll-back, reads.
+    fn drop(&mut self) {
+        if let Some((_, thread)) = self.running.take() {
+            // What went wrong there is no longer of use: the job ends for another reason.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Removes the oldest checkpoints beyond the number and the bytes to keep, but never the newest.
+fn retain(folder: &Path, settings: &CheckpointSettings) -> JobResult<()> {
+    let mut bytes = 0;
+    for (rank, (_, path)) in candidates(folder).into_iter().enumerate() {
+        bytes += fs::metadata(path.join(TENSORS_FILE)).map_or(0, |data| data.len());
+        let is_over = rank >= settings.keep || settings.max_bytes.is_some_and(|max| bytes > max);
+        if rank > 0 && is_over {
+            fs::remove_dir_all(&path).or_io(|| format!("remove {}", path.display()))?;
+        }
     }
     Ok(())
 }
@@ -87,13 +162,8 @@ fn folder_name(step: u64) -> String {
 }
 
 /// Writes the folder of a checkpoint and returns it.
-fn write(
-    folder: &Path,
-    step: u64,
-    tensors: &NamedTensors,
-    metric_lines: Vec<String>,
-    window: BTreeMap<String, (u64, u64)>,
-) -> JobResult<PathBuf> {
+fn write(folder: &Path, snapshot: Snapshot) -> JobResult<PathBuf> {
+    let Snapshot { step, tensors, metric_lines, window, left_out } = snapshot;
     let name = folder_name(step);
     let (partial, path) = (folder.join(format!("{name}.partial")), folder.join(&name));
     let doing = || format!("write checkpoint {}", path.display());
@@ -104,9 +174,9 @@ fn write(
     }
     fs::create_dir_all(&partial).or_io(doing)?;
     let file = partial.join(TENSORS_FILE);
-    weights::save(&file, tensors, StoredType::F32, &BTreeMap::new()).or_io(doing)?;
+    weights::save(&file, &tensors, StoredType::F32, &BTreeMap::new()).or_io(doing)?;
     let tensors_blake3 = files::hash_file(&file).or_io(doing)?;
-    let state = State { version: VERSION, step, tensors_blake3, metric_lines, window };
+    let state = State { version: VERSION, step, tensors_blake3, metric_lines, window, left_out };
     files::write_json(&partial.join(STATE_FILE), &state).or_io(doing)?;
     fs::rename(&partial, &path).or_io(doing)?;
     files::sync_folder_of(&path).or_io(doing)?;
@@ -161,7 +231,8 @@ mod tests {
     fn checkpoint(folder: &Path, step: u64, value: f32) -> PathBuf {
         let tensors = vec![("a".to_owned(), TensorData::new(vec![value; 4], [4]))];
         let window = BTreeMap::from([("train/loss".to_owned(), (0.1f64.to_bits(), 3))]);
-        write(folder, step, &tensors, vec!["{\"step\":1}".to_owned()], window).unwrap()
+        let metric_lines = vec!["{\"step\":1}".to_owned()];
+        write(folder, Snapshot { step, tensors, metric_lines, window, left_out: BTreeSet::from([3]) }).unwrap()
     }
 
     #[test]
@@ -169,7 +240,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = checkpoint(folder.path(), 12, 0.5);
         let state = verify(&path).unwrap();
-        assert_eq!((state.step, state.metric_lines.len()), (12, 1));
+        assert_eq!((state.step, state.metric_lines.len(), state.left_out.len()), (12, 1, 1));
         assert_eq!(f64::from_bits(state.window["train/loss"].0), 0.1);
         let values: Vec<f32> = Found { path, state }.tensors().unwrap().get("a").unwrap().iter::<f32>().collect();
         assert_eq!(values, [0.5; 4]);
@@ -195,5 +266,19 @@ mod tests {
         assert_eq!(steps, [40, 30, 20, 10]);
         let good = candidates(folder.path()).into_iter().find_map(|(_, path)| verify(&path).ok());
         assert_eq!(good.unwrap().step, 10);
+    }
+
+    #[test]
+    fn the_newest_stay_within_number_and_bytes() {
+        let steps = |folder: &Path| candidates(folder).into_iter().map(|(step, _)| step).collect::<Vec<_>>();
+        let folder = tempfile::tempdir().unwrap();
+        let bytes = (1..=4).map(|step| checkpoint(folder.path(), step, 1.0)).last();
+        let bytes = fs::metadata(bytes.unwrap().join(TENSORS_FILE)).unwrap().len();
+        retain(folder.path(), &CheckpointSettings { every: 1, keep: 3, max_bytes: None }).unwrap();
+        assert_eq!(steps(folder.path()), [4, 3, 2]);
+        retain(folder.path(), &CheckpointSettings { every: 1, keep: 3, max_bytes: Some(2 * bytes) }).unwrap();
+        assert_eq!(steps(folder.path()), [4, 3]);
+        retain(folder.path(), &CheckpointSettings { every: 1, keep: 0, max_bytes: Some(1) }).unwrap();
+        assert_eq!(steps(folder.path()), [4]);
     }
 }

@@ -96,6 +96,31 @@ impl JobContext {
     }
 }
 
+#[cfg(test)]
+impl JobContext {
+    /// Returns the context of a job without inputs in `dir`, as a first attempt or as one after `earlier`.
+    pub fn for_test(dir: &Path, earlier: &[&Path]) -> Self {
+        fs::create_dir_all(dir).unwrap();
+        let spec = serde_json::json!({
+            "version": JOB_VERSION, "node": "n", "stage": "s", "fingerprint": "0".repeat(64), "attempt": 1, "seed": 7,
+            "device": "cpu", "threads": 1, "project_root": dir, "inputs": {}, "earlier_attempts": earlier,
+            "settings": { "stage_kind": "handoff", "settings": { "lora": "merge", "dtype": "f32" } },
+        });
+        Self {
+            spec: serde_json::from_value(spec).unwrap(),
+            dir: dir.to_owned(),
+            emitter: Emitter::open(dir).unwrap(),
+            device: Device::flex(),
+            stop: Arc::default(),
+        }
+    }
+
+    /// Asks for a stop, as a signal would.
+    pub fn request_stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Runs the job in `dir` and writes its outcome.
 ///
 /// # Errors

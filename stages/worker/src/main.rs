@@ -27,7 +27,10 @@ mod rewards;
 mod rollout;
 mod sampling;
 mod scene_heads;
+mod spikes;
 mod stages;
+mod suspects;
+mod tensorboard;
 mod warm_start;
 
 const USAGE: &str = "usage: deepgen-worker JOB_DIR    run the job described by JOB_DIR/job.json

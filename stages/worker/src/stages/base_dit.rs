@@ -10,6 +10,7 @@ use burn::tensor::FloatDType;
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::base::BaseDitSettings;
 use deepgen_contract::model::{ConditionerConfig, DitConfig, VaeConfig};
+use deepgen_contract::train::OnNonFinite;
 use deepgen_data::batch::Batch;
 use deepgen_data::tokenizer::Tokenizer;
 use deepgen_model::conditioner::Conditioner;
@@ -90,11 +91,12 @@ pub fn run(settings: &BaseDitSettings, context: &mut JobContext) -> JobResult<Jo
         log_every: 10,
         validate_every: settings.validate_every,
         checkpoint: settings.checkpoint.clone(),
+        on_non_finite: OnNonFinite::Stop,
     };
-    if let FitEnd::Stopped(step) = fit(&mut trainer, &plan, context)? {
-        return Ok(JobEnd::Stopped(step));
-    }
-    let metrics = trainer.validate(plan.total, context)?;
+    let metrics = match fit(&mut trainer, &plan, context)? {
+        FitEnd::Finished(metrics) => metrics,
+        FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
+    };
     let model = trainer.model.take().expect("a step leaves the weights in place");
     write(&model, settings, context)?;
     Ok(JobEnd::Done(JobReport { metrics, notes: Vec::new() }))

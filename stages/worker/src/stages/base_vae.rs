@@ -8,6 +8,7 @@ use burn::module::Module;
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::base::{BaseVaeSettings, VaePhase};
 use deepgen_contract::model::VaeConfig;
+use deepgen_contract::train::OnNonFinite;
 use deepgen_model::init::Init;
 use deepgen_model::random::noise;
 use deepgen_model::vae::Vae;
@@ -54,6 +55,7 @@ pub fn run(settings: &BaseVaeSettings, context: &mut JobContext) -> JobResult<Jo
         log_every: 10,
         validate_every: 100,
         checkpoint: settings.checkpoint.clone(),
+        on_non_finite: OnNonFinite::Stop,
     };
     if let FitEnd::Stopped(step) = fit(&mut trainer, &plan, context)? {
         return Ok(JobEnd::Stopped(step));

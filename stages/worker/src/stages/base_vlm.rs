@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::base::BaseVlmSettings;
+use deepgen_contract::train::OnNonFinite;
 use deepgen_data::dataset::PreparedDataset;
 use deepgen_data::keyed::StreamKey;
 use deepgen_data::resize::fit;
@@ -68,11 +69,12 @@ pub fn run(settings: &BaseVlmSettings, context: &mut JobContext) -> JobResult<Jo
         log_every: 10,
         validate_every: settings.steps.div_ceil(4),
         checkpoint: settings.checkpoint.clone(),
+        on_non_finite: OnNonFinite::Stop,
     };
-    if let FitEnd::Stopped(step) = run_loop(&mut trainer, &plan, context)? {
-        return Ok(JobEnd::Stopped(step));
-    }
-    let metrics = trainer.validate(plan.total, context)?;
+    let metrics = match run_loop(&mut trainer, &plan, context)? {
+        FitEnd::Finished(metrics) => metrics,
+        FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
+    };
     let vlm = trainer.vlm.take().expect("a step leaves the weights in place");
     let out = context.out();
     weights::save(&out.join(base_folder::VLM_FILE), &weights::visit(&vlm), StoredType::F32, &BTreeMap::new())

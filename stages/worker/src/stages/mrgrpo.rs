@@ -57,11 +57,12 @@ pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd>
         log_every: 1,
         validate_every: settings.evaluation.every,
         checkpoint: settings.checkpoint.clone(),
+        on_non_finite: settings.policy.on_non_finite,
     };
-    if let FitEnd::Stopped(step) = fit(&mut trainer, &plan, context)? {
-        return Ok(JobEnd::Stopped(step));
-    }
-    let metrics = trainer.validate(plan.total, context)?;
+    let metrics = match fit(&mut trainer, &plan, context)? {
+        FitEnd::Finished(metrics) => metrics,
+        FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
+    };
     model_folder::write_checkpoint(trainer.model(), &context.out())?;
     notes.push(format!("{} updates of the optimiser", trainer.optimizer.updates()));
     Ok(JobEnd::Done(JobReport { metrics, notes }))
@@ -247,7 +248,7 @@ impl RlTrainer {
             metrics.add("rl/policy_loss", value);
             match ensure_finite_loss(iteration, "rl/policy_loss", value, keys) {
                 Ok(()) => self.absorb(loss.mul_scalar(weight), sum, total, metrics)?,
-                Err(error) if policy.on_non_finite == OnNonFinite::Stop => return Err(error),
+                Err(error) if policy.on_non_finite != OnNonFinite::Skip => return Err(error),
                 Err(error) => tracing::warn!("left out: {error}"),
             }
         }

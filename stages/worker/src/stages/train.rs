@@ -28,6 +28,7 @@ use crate::flow_step::{FlowStep, Sigmas, loss_name};
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::model_folder;
 use crate::optimize::{AdamW, GradientSum, schedule_factor};
+use crate::suspects;
 use crate::warm_start::WarmStart;
 
 /// Name prefix of trained parameters in a checkpoint.
@@ -50,11 +51,12 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         log_every: settings.train.log_every,
         validate_every: settings.validation.every,
         checkpoint: settings.checkpoint.clone(),
+        on_non_finite: settings.train.on_non_finite,
     };
-    if let FitEnd::Stopped(step) = fit(&mut trainer, &plan, context)? {
-        return Ok(JobEnd::Stopped(step));
-    }
-    let metrics = trainer.validate(plan.total, context)?;
+    let metrics = match fit(&mut trainer, &plan, context)? {
+        FitEnd::Finished(metrics) => metrics,
+        FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
+    };
     model_folder::write_checkpoint(trainer.model(), &context.out())?;
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
@@ -216,8 +218,14 @@ impl Trainer for StageTrainer {
                 self.model = Some(model);
                 metrics.insert(name, value);
             }
-            Err(error) if self.settings.train.on_non_finite == OnNonFinite::Stop => return Err(error),
-            Err(error) => context.emitter.warn(format!("left out: {error}")),
+            Err(error) => {
+                let path = suspects::keep(context, step, &error.message, &batch)?;
+                let message = format!("{error}. The batch is kept in {path}");
+                if self.settings.train.on_non_finite != OnNonFinite::Skip {
+                    return Err(JobError { message, ..error });
+                }
+                context.emitter.warn(format!("left out: {message}"));
+            }
         }
         if (iteration + 1).is_multiple_of(accumulation) && !self.gradients.is_empty() {
             let lr = self.settings.optimizer.lr
@@ -272,6 +280,7 @@ impl Trainer for StageTrainer {
     fn restore(&mut self, file: &WeightFile) -> JobResult<()> {
         let model = self.model.take().expect("a step leaves the weights in place");
         self.model = Some(model_folder::lay_over(model, file, PREFIX)?);
+        self.gradients = GradientSum::default();
         let device = self.flow.device.clone().without_autodiff();
         self.optimizer.restore(file, "optimizer.", &device)?;
         match &mut self.warm_start {
