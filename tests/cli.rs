@@ -64,8 +64,8 @@ fn a_misspelt_key_starts_nothing() {
     let project = Project::new();
     project.edit(
         "pipelines/small.toml",
-        r#"{ kind = "prompts", path = "data/poems.txt" }"#,
-        r#"{ kind = "prompts", pth = "data/poems.txt" }"#,
+        r#"{ kind = "prompts", path = "../data/poems.txt" }"#,
+        r#"{ kind = "prompts", pth = "../data/poems.txt" }"#,
     );
     project.run().expect(2).says("pth");
     assert!(!project.path("artifacts").exists());

@@ -36,6 +36,9 @@ pub struct Overriding {
     /// Profile: tiny, small, paper, or another that the files know [default: the pipeline's]
     #[arg(long, value_name = "NAME")]
     pub profile: Option<String>,
+    /// Variant of the pipeline file; may be repeated, the later on top
+    #[arg(long, value_name = "NAME")]
+    pub variant: Vec<String>,
     /// Change a setting, such as sft.optimizer.lr=1e-4; may be repeated
     #[arg(long, value_name = "NODE.KEY=VALUE")]
     pub set: Vec<String>,
@@ -46,7 +49,8 @@ pub struct Overriding {
 
 impl Overriding {
     fn overrides(&self) -> Overrides {
-        Overrides { profile: self.profile.clone(), set: self.set.clone(), smoke: self.smoke }
+        let (profile, variants, set) = (self.profile.clone(), self.variant.clone(), self.set.clone());
+        Overrides { profile, variants, set, smoke: self.smoke, ..Overrides::default() }
     }
 }
 

@@ -3,11 +3,9 @@
 //! Knows how an assignment is written, not what it changes.
 
 use super::diagnostic::Diagnostic;
+use super::fields::ordered;
 use super::path;
-use super::tree::{Source, Spot, Tree, parse_value};
-
-/// Name that stands for the pipeline's header in assignments: `pipeline.seed = 7`.
-pub const HEADER: &str = "pipeline";
+use super::tree::{DEEPEST_KEY, Source, Spot, Tree, parse_value};
 
 /// One change.
 #[derive(Debug, Clone)]
@@ -25,6 +23,10 @@ impl Assignment {
     pub fn new(key: &str, spot: &Spot, value: Tree) -> Result<Self, Diagnostic> {
         let parts = path::split(key);
         match parts.as_slice() {
+            [_, keys @ ..] if keys.len() > DEEPEST_KEY => {
+                let message = format!("this key has {} parts, more than any setting", parts.len());
+                Err(Diagnostic::new(message).at(spot, "here").help("write `node.key`, such as `sft.optimizer.lr`"))
+            }
             [node, keys @ ..] if !node.is_empty() && !keys.is_empty() && keys.iter().all(|key| !key.is_empty()) => {
                 let spot = spot.clone();
                 Ok(Self { selector: node.clone(), set: value.undotted().nested(keys, &spot), spot })
@@ -33,6 +35,32 @@ impl Assignment {
                 .at(spot, "here")
                 .help("write `node.key`, such as `sft.optimizer.lr`")),
         }
+    }
+
+    /// Reads `set = { "node.key" = value }`, or with bare dotted keys.
+    pub fn parse_table(key: &str, set: &Tree, problems: &mut Vec<Diagnostic>) -> Vec<Self> {
+        let Some(table) = set.table() else {
+            let message = format!("`{key}` is {}, but must be a table of settings", set.value.kind());
+            let problem = Diagnostic::new(message).at(&set.spot, "expected a table");
+            problems.push(problem.help(r#"write set = { "sft.optimizer.lr" = 1e-4 }"#));
+            return Vec::new();
+        };
+        let mut assignments = Vec::new();
+        for (key, spot, value) in ordered(table) {
+            match (path::first_dot(key), value.table()) {
+                // `sft.optimizer.lr = 1` without quotes: the node is the outermost table.
+                (None, Some(_)) => assignments.push(Self {
+                    selector: key.to_owned(),
+                    spot: spot.clone(),
+                    set: value.clone().undotted(),
+                }),
+                _ => match Self::new(key, spot, value.clone()) {
+                    Ok(assignment) => assignments.push(assignment),
+                    Err(problem) => problems.push(problem),
+                },
+            }
+        }
+        assignments
     }
 
     /// Parses one `--set node.key=value`.

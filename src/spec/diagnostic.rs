@@ -2,11 +2,13 @@
 //!
 //! Knows how problems look, not how they are found.
 
+use std::collections::BTreeSet;
 use std::fmt::{self, Write as _};
+use std::sync::Arc;
 
 use miette::{GraphicalReportHandler, GraphicalTheme, LabeledSpan, NamedSource, SourceCode};
 
-use super::tree::Spot;
+use super::tree::{NOT_TOML, Spot, Tree};
 
 /// One problem.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +41,15 @@ impl Diagnostic {
     pub fn at(mut self, spot: &Spot, text: impl Into<String>) -> Self {
         self.labels.push(Label { spot: spot.clone(), text: text.into() });
         self
+    }
+
+    /// Adds the place of a value, and before it that of the reference that took it on.
+    #[must_use]
+    pub fn at_value(self, tree: &Tree, text: impl Into<String>) -> Self {
+        match &tree.via {
+            Some(via) => self.at(via, "this reference leads to it").at(&tree.spot, text),
+            None => self.at(&tree.spot, text),
+        }
     }
 
     /// Says what to do.
@@ -87,6 +98,39 @@ pub fn quoted_list(names: &[&str]) -> String {
         let _ = write!(text, " and {} more", names.len() - 20);
     }
     text
+}
+
+/// Leaves out repetitions, since one wrong line of a stage file shows in every node that uses it, and consequences.
+pub fn distinct(problems: Vec<Diagnostic>) -> Vec<Diagnostic> {
+    let mut seen = BTreeSet::new();
+    let key = |problem: &Diagnostic| {
+        let place = problem.labels.first().map(|label| (Arc::as_ptr(&label.spot.source) as usize, label.spot.start));
+        (problem.message.clone(), place)
+    };
+    // What follows from a line that could not be read is no problem of its own.
+    let line = |problem: &Diagnostic| {
+        problem.labels.first().map(|label| (Arc::as_ptr(&label.spot.source) as usize, label.spot.line()))
+    };
+    let is_syntax = |problem: &Diagnostic| problem.message.starts_with(NOT_TOML);
+    let unread: BTreeSet<_> = problems.iter().filter(|problem| is_syntax(problem)).filter_map(line).collect();
+    let mut distinct: Vec<Diagnostic> = problems
+        .into_iter()
+        .filter(|problem| is_syntax(problem) || line(problem).is_none_or(|line| !unread.contains(&line)))
+        .filter(|problem| seen.insert(key(problem)))
+        .collect();
+    // From top to bottom of each file; the files in the order in which they were first complained about.
+    let mut files: Vec<usize> = Vec::new();
+    distinct.sort_by_cached_key(|problem| {
+        problem.labels.first().map(|label| {
+            let file = Arc::as_ptr(&label.spot.source) as usize;
+            let at = files.iter().position(|known| *known == file).unwrap_or(files.len());
+            if at == files.len() {
+                files.push(file);
+            }
+            (at, label.spot.start)
+        })
+    });
+    distinct
 }
 
 /// How problems are drawn.

@@ -1,7 +1,8 @@
 //! Expands the axes of a pipeline: `over = { benchmark = ["geneval", "dpg"] }` turns one node table into two nodes.
 //!
 //! The rules:
-//! - An axis is a settings key (or `input.PORT`) and its list of values. Several axes of a node multiply.
+//! - An axis is a settings key (or `input.PORT`) and its list of values. Several axes of a node multiply, unless `zip`
+//!   lets them advance together; the first of such a group names its instances. `exclude` leaves combinations out.
 //! - Axes flow along edges: a node that reads `images` has one instance for each instance of `images`.
 //! - A node that reads two nodes with the same axis (same key, same values) reads them at the same value. Different axes
 //!   multiply.
@@ -19,8 +20,9 @@ use std::sync::Arc;
 
 use deepgen_contract::id::NodeName;
 
+use super::axes::{Axes, AxisTable};
 use super::diagnostic::Diagnostic;
-use super::pipeline::{AxisTable, NodeTable};
+use super::pipeline::NodeTable;
 use super::tree::{Tree, Value};
 use super::wiring::{INPUT_PREFIX, Reference, Wires, Wiring};
 
@@ -46,6 +48,8 @@ pub struct Point {
     pub value: usize,
     /// True at the node that declares the axis.
     pub is_own: bool,
+    /// Identity of the axis that it advances with and that names the instance in its place.
+    leader: Option<Arc<Axis>>,
 }
 
 impl Point {
@@ -71,6 +75,15 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// Returns true when no axis of `other` has another value here, except those that `labels` choose.
+    pub fn agrees_with(&self, other: &Self, labels: &[String]) -> bool {
+        other.points.iter().all(|theirs| {
+            let same = self.points.iter().find(|ours| ours.axis.identity == theirs.axis.identity);
+            let is_chosen = labels.iter().any(|label| label == theirs.label());
+            is_chosen || same.is_none_or(|ours| ours.value == theirs.value)
+        })
+    }
+
     /// Returns true when the instance has all of these axis values.
     pub fn has_labels(&self, labels: &[String]) -> bool {
         labels.iter().all(|label| self.points.iter().any(|point| point.label() == label))
@@ -82,20 +95,31 @@ pub fn expand(tables: &[NodeTable], wiring: &Wiring, problems: &mut Vec<Diagnost
     let mut all: Vec<Instance> = Vec::new();
     let mut by_table: Vec<Vec<usize>> = vec![Vec::new(); tables.len()];
     for &at in &wiring.order {
-        let axes: Vec<Arc<Axis>> = tables[at].over.iter().map(|axis| Arc::new(read_axis(axis, problems))).collect();
-        let drafts = Known { all: &all, by_table: &by_table }.drafts(&axes, &wiring.wires[at]);
+        let known = Known { all: &all, by_table: &by_table };
+        let axes: Vec<Arc<Axis>> =
+            tables[at].axes.over.iter().map(|axis| Arc::new(read_axis(axis, problems))).collect();
+        let mut drafts = known.drafts(&axes, &tables[at].axes, &wiring.wires[at]);
         if drafts.is_empty() {
             let message = format!("no instance of the inputs of `{}` fits together", tables[at].name);
             let help = "the selected axis values exclude each other, or do not exist";
             problems.push(Diagnostic::new(message).at(&tables[at].spot, "has no instance").help(help));
         }
+        check_axes(&tables[at], &drafts, problems);
+        let had_some = !drafts.is_empty();
+        drafts.retain(|draft| !tables[at].axes.excludes(|key| draft.value(key)));
+        if drafts.is_empty() && had_some {
+            let message = format!("`exclude` leaves no instance of `{}`", tables[at].name);
+            let problem = Diagnostic::new(message).at(&tables[at].spot, "has no instance");
+            problems.push(problem.help("leave out fewer combinations, or use `when` to leave the node out"));
+        }
         for Draft { points, inputs } in drafts {
-            let labels: Vec<&str> = points.iter().map(Point::label).collect();
+            let labels: Vec<&str> = points.iter().filter(|point| point.leader.is_none()).map(Point::label).collect();
             let base = &tables[at].name;
             let name = if labels.is_empty() { base.clone() } else { format!("{base}[{}]", labels.join(",")) };
-            let needs = Known { all: &all, by_table: &by_table }.needed(&points, &wiring.wires[at].needs);
+            let mut instance = Instance { table: at, name: NodeName(name), points, inputs, needs: Vec::new() };
+            instance.needs = Known { all: &all, by_table: &by_table }.needed(&instance, &wiring.wires[at].needs);
             by_table[at].push(all.len());
-            all.push(Instance { table: at, name: NodeName(name), points, inputs, needs });
+            all.push(instance);
         }
     }
     all
@@ -133,6 +157,22 @@ struct Draft {
     inputs: BTreeMap<String, usize>,
 }
 
+impl Draft {
+    /// Returns the value of an axis.
+    fn value(&self, key: &str) -> Option<&Tree> {
+        self.points.iter().find(|point| point.axis.key == key).map(|point| &point.axis.values[point.value])
+    }
+}
+
+/// Reports what `zip` and `exclude` name and no axis is.
+fn check_axes(table: &NodeTable, drafts: &[Draft], problems: &mut Vec<Diagnostic>) {
+    let mut inherited: Vec<&str> =
+        drafts.iter().flat_map(|draft| &draft.points).map(|point| point.axis.key.as_str()).collect();
+    inherited.sort_unstable();
+    inherited.dedup();
+    table.axes.check(&inherited, problems);
+}
+
 /// The instances made so far.
 struct Known<'a> {
     all: &'a [Instance],
@@ -140,13 +180,14 @@ struct Known<'a> {
 }
 
 impl Known<'_> {
-    fn drafts(&self, axes: &[Arc<Axis>], wires: &Wires) -> Vec<Draft> {
+    fn drafts(&self, axes: &[Arc<Axis>], table: &Axes, wires: &Wires) -> Vec<Draft> {
         let mut drafts = vec![Draft::default()];
         for (port, reference) in &wires.fixed {
             drafts = drafts.iter().flat_map(|draft| self.wired(draft, port, reference)).collect();
         }
-        for axis in axes {
-            drafts = drafts.iter().flat_map(|draft| along(draft, axis)).collect();
+        for group in table.groups() {
+            let group: Vec<&Arc<Axis>> = group.into_iter().map(|at| &axes[at]).collect();
+            drafts = drafts.iter().flat_map(|draft| along(draft, &group)).collect();
         }
         for (at, references) in &wires.by_axis {
             let axis = &axes[*at];
@@ -166,20 +207,15 @@ impl Known<'_> {
         drafts
     }
 
-    /// Returns every instance that these references select and that agrees with the axis values of `points`.
-    fn needed(&self, points: &[Point], references: &[Reference]) -> Vec<usize> {
+    /// Returns every instance that these references select and that agrees with the axis values of `reader`.
+    fn needed(&self, reader: &Instance, references: &[Reference]) -> Vec<usize> {
         let mut needed: Vec<usize> = Vec::new();
         for reference in references {
-            let agrees = |other: &Instance| {
-                other.points.iter().all(|theirs| {
-                    let same = points.iter().find(|ours| ours.axis.identity == theirs.axis.identity);
-                    let is_chosen = reference.labels.iter().any(|label| label == theirs.label());
-                    is_chosen || same.is_none_or(|ours| ours.value == theirs.value)
-                })
-            };
             let candidates = self.by_table[reference.table].iter().copied();
-            let fits = |at: &usize| self.all[*at].has_labels(&reference.labels) && agrees(&self.all[*at]);
-            needed.extend(candidates.filter(fits));
+            needed.extend(candidates.filter(|at| {
+                let other = &self.all[*at];
+                other.has_labels(&reference.labels) && reader.agrees_with(other, &reference.labels)
+            }));
         }
         needed.sort_unstable();
         needed.dedup();
@@ -198,8 +234,11 @@ impl Known<'_> {
                         Some(known) if known.value != point.value => return None,
                         Some(_) => {}
                         None => {
-                            // A value that the wire names is fixed: it is no axis of the reader.
-                            if !reference.labels.iter().any(|label| label == point.label()) {
+                            // A value that the wire names is fixed: it is no axis of the reader, nor is what
+                            // advances with it.
+                            let leader =
+                                point.leader.as_ref().map_or(point.label(), |leader| &leader.labels[point.value]);
+                            if !reference.labels.iter().any(|label| label == leader || label == point.label()) {
                                 draft.points.push(Point { is_own: false, ..point.clone() });
                             }
                         }
@@ -212,18 +251,25 @@ impl Known<'_> {
     }
 }
 
-/// Returns `draft` at each value of one of its own axes.
-fn along(draft: &Draft, axis: &Arc<Axis>) -> Vec<Draft> {
+/// Returns `draft` at each value of a group of its own axes, which advance together.
+fn along(draft: &Draft, group: &[&Arc<Axis>]) -> Vec<Draft> {
+    let Some(leader) = group.first() else { return vec![draft.clone()] };
+    (0..leader.values.len()).filter_map(|value| at_value(draft, group, value)).collect()
+}
+
+/// Returns `draft` at one value of a group; nothing when an input fixes another one.
+fn at_value(draft: &Draft, group: &[&Arc<Axis>], value: usize) -> Option<Draft> {
     let mut draft = draft.clone();
-    if let Some(point) = draft.points.iter_mut().find(|point| point.axis.identity == axis.identity) {
-        point.is_own = true;
-        return vec![draft];
+    for (place, axis) in group.iter().enumerate() {
+        if let Some(point) = draft.points.iter_mut().find(|point| point.axis.identity == axis.identity) {
+            if point.value != value {
+                return None;
+            }
+            point.is_own = true;
+            continue;
+        }
+        let leader = (place > 0).then(|| group[0].clone());
+        draft.points.push(Point { axis: (*axis).clone(), value, is_own: true, leader });
     }
-    (0..axis.values.len())
-        .map(|value| {
-            let mut draft = draft.clone();
-            draft.points.push(Point { axis: axis.clone(), value, is_own: true });
-            draft
-        })
-        .collect()
+    Some(draft)
 }

@@ -228,6 +228,6 @@ impl<'a, 'p> Fields<'a, 'p> {
 /// Returns the entries in order of writing.
 pub fn ordered(table: &Table) -> Vec<(&str, &Spot, &Tree)> {
     let mut entries: Vec<_> = table.iter().map(|(key, entry)| (key.as_str(), &entry.key, &entry.tree)).collect();
-    entries.sort_by_key(|(_, key, _)| key.start);
+    entries.sort_by_key(|(_, key, _)| key.order());
     entries
 }

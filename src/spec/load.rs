@@ -1,26 +1,32 @@
 //! Loading: a pipeline or an experiment by its path, with what the command line changes.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::assignment::Assignment;
 use super::diagnostic::Diagnostic;
-use super::pipeline::Pipeline;
+use super::diagnostic::distinct;
+use super::include::merged;
 use super::project::Project;
-use super::resolve::{Request, distinct, resolve};
+use super::resolve::{Request, resolve};
 use super::resolved::Resolved;
-use super::stage_file::{PAPER_PROFILE, StageFile};
+use super::stage_file::StageFile;
 use super::sweep::Experiment;
-use super::tree::{self, Source};
+use super::tree::Tree;
 
 /// What the command line changes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Overrides {
     /// `--profile`.
     pub profile: Option<String>,
+    /// Each `--variant`, lowest first.
+    pub variants: Vec<String>,
     /// Each `--set node.key=value`.
     pub set: Vec<String>,
     /// `--smoke`: two steps of every stage.
     pub smoke: bool,
+    /// Values of variables that stand before the environment's.
+    pub env: BTreeMap<String, String>,
 }
 
 impl Overrides {
@@ -32,8 +38,13 @@ impl Overrides {
                 Err(problem) => problems.push(problem),
             }
         }
-        let profile = self.profile.as_deref().map(Request::profile_argument);
-        Request { profile, assignments, is_smoke: self.smoke }
+        let variants = self.variants.iter().map(|name| Request::argument("variant", name)).collect();
+        Request {
+            profile: self.profile.as_deref().map(|name| Request::argument("profile", name)),
+            variants,
+            assignments,
+            is_smoke: self.smoke,
+        }
     }
 }
 
@@ -48,13 +59,13 @@ pub enum FileKind {
     Stage,
 }
 
-fn kind_of(source: &std::sync::Arc<Source>) -> FileKind {
-    let (tree, _) = tree::parse(source);
+fn kind_of(tree: &Tree) -> FileKind {
     match tree.get("pipeline").map(|pipeline| pipeline.text().is_some()) {
         Some(true) => FileKind::Experiment,
         None if tree.get("kind").is_some() => FileKind::Stage,
-        // Only an experiment has variants; it may lack its first line.
-        None if tree.get("variant").is_some() || tree.get("compare").is_some() => FileKind::Experiment,
+        // Only an experiment has a list of variants; it may lack its first line.
+        None if tree.get("variant").is_some_and(|variant| variant.table().is_none()) => FileKind::Experiment,
+        None if tree.get("compare").is_some() || tree.get("axes").is_some() => FileKind::Experiment,
         _ => FileKind::Pipeline,
     }
 }
@@ -66,18 +77,16 @@ fn kind_of(source: &std::sync::Arc<Source>) -> FileKind {
 pub fn load(path: &Path, overrides: &Overrides) -> Result<Resolved, Vec<Diagnostic>> {
     let mut problems = Vec::new();
     let request = overrides.request(&mut problems);
-    let (mut project, source) = open(path, &problems)?;
-    let resolved = match kind_of(&source) {
-        FileKind::Experiment => Experiment::parse(&source, &mut problems)
-            .and_then(|experiment| experiment.resolve(&mut project, path, &request, &mut problems)),
-        FileKind::Pipeline => {
-            let pipeline = Pipeline::parse(&source, &mut problems);
-            let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-            Some(resolve(&mut project, (&file, &pipeline), &request, &mut problems))
-        }
+    let Some((mut project, tree)) = open(path, overrides, &mut problems) else { return Err(distinct(problems)) };
+    let file = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let resolved = match kind_of(&tree) {
+        FileKind::Experiment => Experiment::parse(&tree, &mut problems)
+            .and_then(|experiment| experiment.resolve(&mut project, &file, &request, &mut problems)),
+        FileKind::Pipeline => Some(resolve(&mut project, (&file, &tree), &request, &mut problems).resolved),
         FileKind::Stage => {
             let problem = Diagnostic::new(format!("`{}` is a stage file", path.display()));
-            problems.push(problem.help("a stage runs as a node of a pipeline: see `pipelines/`"));
+            let kind = tree.get("kind").map_or(&tree.spot, |kind| &kind.spot);
+            problems.push(problem.at(kind, "says so").help("a stage runs as a node of a pipeline: see `pipelines/`"));
             None
         }
     };
@@ -102,34 +111,35 @@ pub fn load_sweep(path: &Path, overrides: &Overrides) -> Result<Resolved, Vec<Di
     }
 }
 
-/// Finds every problem of a file: of a pipeline under each of its profiles unless one is chosen, of a stage file by itself.
+/// Finds every problem of a file: of a pipeline under each of its profiles and variants unless one is chosen, of a stage
+/// file by itself.
 pub fn check(path: &Path, overrides: &Overrides) -> Vec<Diagnostic> {
-    let (mut project, source) = match open(path, &[]) {
-        Ok(opened) => opened,
-        Err(problems) => return problems,
-    };
     let mut problems = Vec::new();
-    match kind_of(&source) {
+    let Some((mut project, tree)) = open(path, overrides, &mut problems) else { return distinct(problems) };
+    match kind_of(&tree) {
         FileKind::Stage => {
-            if let Some(stage) = StageFile::parse(&source, &mut problems) {
+            if let Some(stage) = StageFile::parse(tree, &mut problems) {
                 stage.check(&mut problems);
             }
         }
-        FileKind::Experiment => return load(path, overrides).err().unwrap_or_default(),
+        FileKind::Experiment => {
+            let request = overrides.request(&mut problems);
+            if let Some(experiment) = Experiment::parse(&tree, &mut problems) {
+                experiment.resolve(&mut project, path, &request, &mut problems);
+            }
+        }
         FileKind::Pipeline => {
             let request = overrides.request(&mut problems);
-            let pipeline = Pipeline::parse(&source, &mut problems);
-            resolve(&mut project, (path, &pipeline), &request, &mut problems);
+            let names = resolve(&mut project, (path, &tree), &request, &mut problems);
+            let mut again = |request: Request| drop(resolve(&mut project, (path, &tree), &request, &mut problems));
             if request.profile.is_none() {
-                let mut profiles: Vec<String> = project.profiles().map(str::to_owned).collect();
-                profiles.extend(pipeline.profiles.keys().cloned());
-                profiles.push(PAPER_PROFILE.to_owned());
-                profiles.sort();
-                profiles.dedup();
-                for profile in profiles {
-                    let profile = Some(Request::profile_argument(&profile));
-                    let request = Request { profile, ..request.clone() };
-                    resolve(&mut project, (path, &pipeline), &request, &mut problems);
+                for profile in &names.profiles {
+                    again(Request { profile: Some(Request::argument("profile", profile)), ..request.clone() });
+                }
+            }
+            if request.variants.is_empty() {
+                for variant in &names.variants {
+                    again(Request { variants: vec![Request::argument("variant", variant)], ..request.clone() });
                 }
             }
         }
@@ -137,16 +147,47 @@ pub fn check(path: &Path, overrides: &Overrides) -> Vec<Diagnostic> {
     distinct(problems)
 }
 
-fn open(path: &Path, so_far: &[Diagnostic]) -> Result<(Project, std::sync::Arc<Source>), Vec<Diagnostic>> {
-    let with = |problem| so_far.iter().cloned().chain([problem]).collect::<Vec<_>>();
+/// Returns the names that a pipeline, or the pipeline of an experiment, offers: for completion on the command line.
+pub fn names(path: &Path) -> Option<Names> {
+    let mut problems = Vec::new();
+    let (mut project, mut tree) = open(path, &Overrides::default(), &mut problems)?;
+    let mut file = path.to_owned();
+    if kind_of(&tree) == FileKind::Experiment {
+        file = Experiment::parse(&tree, &mut problems)?.pipeline_file();
+        tree = merged(&project, &project.read(&file).ok()?, &mut problems);
+    }
+    // A file with problems still has names.
+    let outcome = resolve(&mut project, (&file, &tree), &Request::default(), &mut problems);
+    let name = |node: &super::ResolvedNode| node.name.0.clone();
+    let nodes = outcome.resolved.nodes.iter().map(name).collect();
+    Some(Names { nodes, profiles: outcome.profiles, variants: outcome.variants })
+}
+
+/// The names that a pipeline offers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Names {
+    /// Nodes under its own profile.
+    pub nodes: Vec<String>,
+    /// Profiles.
+    pub profiles: Vec<String>,
+    /// Variants.
+    pub variants: Vec<String>,
+}
+
+fn open(path: &Path, overrides: &Overrides, problems: &mut Vec<Diagnostic>) -> Option<(Project, Tree)> {
     let opened = || {
-        if !path.is_file() {
-            // Said first: a missing file is in no project either.
-            Project::at(path.parent().unwrap_or(path)).read(path)?;
-        }
-        let project = Project::around(path)?;
+        let project = Project::around(path)?.with_variables(&overrides.env);
         let source = project.read(path)?;
         Ok((project, source))
     };
-    opened().map_err(with)
+    match opened() {
+        Ok((project, source)) => {
+            let tree = merged(&project, &source, problems);
+            Some((project, tree))
+        }
+        Err(problem) => {
+            problems.push(problem);
+            None
+        }
+    }
 }

@@ -2,17 +2,28 @@
 //! problems at once.
 
 mod assignment;
+mod axes;
 mod command;
 pub mod diagnostic;
+mod embedded;
 mod expand;
+#[cfg(test)]
+mod feature_tests;
 mod fields;
+mod include;
+mod layers;
 mod load;
+mod location;
 pub mod path;
 mod pipeline;
 mod policy;
+mod presence;
 mod project;
+mod reference;
 mod resolve;
 mod resolved;
+mod run_table;
+mod scope;
 mod shape;
 mod smoke;
 mod stage_file;
@@ -20,10 +31,12 @@ mod sweep;
 #[cfg(test)]
 pub(crate) mod tests;
 mod tree;
+mod typed;
+mod when;
 mod wiring;
 
 pub use diagnostic::{Diagnostic, Label, Style, nearest, quoted_list, render};
-pub use load::{FileKind, Overrides, check, load, load_sweep};
+pub use load::{FileKind, Names, Overrides, check, load, load_sweep, names};
 pub use policy::{Backoff, Remedies};
 pub use resolved::{Executor, MetricRef, Origin, Resolved, ResolvedNode, Sweep, Variant};
 pub use stage_file::PAPER_PROFILE;

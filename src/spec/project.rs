@@ -1,68 +1,123 @@
-//! The project around a file: its root folder and its stage files, each read once.
+//! The project around a file: its root folder, its stage files, each read once, and the environment.
 //!
-//! The only part of `spec` that reads the disk.
+//! The only part of `spec` that looks at the disk and the environment.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::diagnostic::Diagnostic;
+use super::embedded;
+use super::include::merged;
+use super::location;
 use super::stage_file::StageFile;
 use super::tree::{Source, Spot};
 
 /// Folder of the stage files, beside `pipelines/`.
 const STAGES_DIR: &str = "stages";
+/// Folders of pipeline and experiment files: what lies in one of them belongs to the folder above.
+const FILE_DIRS: [&str; 2] = ["pipelines", "experiments"];
 
 /// A project folder with the stage files read so far.
 #[derive(Debug)]
 pub struct Project {
-    /// The folder.
+    /// The folder, absolute.
     pub root: PathBuf,
+    /// Values that stand before the environment's.
+    variables: BTreeMap<String, String>,
     stages: BTreeMap<String, Option<StageFile>>,
 }
 
 impl Project {
-    /// Finds the project that `file` belongs to: the nearest ancestor with stage files.
+    /// Finds the project that `file` belongs to: the nearest ancestor with stage files; without any, the folder above
+    /// `pipelines/` or `experiments/`; else the file's own folder.
     pub fn around(file: &Path) -> Result<Self, Diagnostic> {
         let file = std::path::absolute(file).map_err(|error| unreadable(file, &error))?;
-        let root = file.ancestors().skip(1).find(|folder| !stage_names(folder).is_empty());
-        match root {
-            Some(root) => Ok(Self::at(root)),
-            None => Err(Diagnostic::new(format!("`{}` is in no project", file.display()))
-                .help("a project is a folder with stage files, `stages/*.toml`, and its pipelines lie below it")),
-        }
+        let file = location::normal(&file);
+        let own = file.parent().unwrap_or(&file);
+        let is_file_dir = || own.file_name().is_some_and(|name| FILE_DIRS.iter().any(|dir| name == *dir));
+        let with_stages = file.ancestors().skip(1).find(|folder| !stage_files(folder).is_empty());
+        let above = || own.parent().filter(|_| is_file_dir()).unwrap_or(own);
+        Ok(Self::at(with_stages.unwrap_or_else(above)))
     }
 
     /// Returns the project at a folder, whether it has stage files or not.
     pub fn at(root: &Path) -> Self {
-        Self { root: root.to_owned(), stages: BTreeMap::new() }
+        let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+        Self { root: location::normal(&root), variables: BTreeMap::new(), stages: BTreeMap::new() }
+    }
+
+    /// Lets values stand before the environment's.
+    pub fn with_variables(mut self, variables: &BTreeMap<String, String>) -> Self {
+        self.variables.clone_from(variables);
+        self
+    }
+
+    /// Returns what a variable of the environment holds.
+    pub fn variable(&self, name: &str) -> Option<String> {
+        self.variables.get(name).cloned().or_else(|| std::env::var(name).ok())
+    }
+
+    /// Returns the name of a file in messages: relative to the root, if it lies below.
+    pub fn name_of(&self, file: &Path) -> String {
+        file.strip_prefix(&self.root).unwrap_or(file).to_string_lossy().into_owned()
+    }
+
+    /// Reads a file that `spot` names; a path is relative to the file that holds it.
+    pub fn read_named(&self, path: &str, spot: &Spot) -> Result<Arc<Source>, Diagnostic> {
+        let folder = &spot.source.folder;
+        let problem = match self.read(&location::normal(&folder.join(path))) {
+            Ok(source) => return Ok(source),
+            Err(problem) => problem.at(spot, "named here, relative to this file"),
+        };
+        // Written as seen from the root, which is an easy mistake.
+        if self.root.join(path).is_file() && folder.starts_with(&self.root) {
+            let up = folder.strip_prefix(&self.root).map_or(0, |below| below.components().count());
+            return Err(problem.help(format!("did you mean `{}{path}`?", "../".repeat(up))));
+        }
+        Err(match problem.help {
+            Some(_) => problem,
+            None => problem.help("correct the path, or take it out"),
+        })
     }
 
     /// Reads a file under its name relative to the root.
     pub fn read(&self, file: &Path) -> Result<Arc<Source>, Diagnostic> {
         let text = std::fs::read_to_string(file).map_err(|error| unreadable(file, &error))?;
-        let file = std::path::absolute(file).unwrap_or_else(|_| file.to_owned());
-        let name = file.strip_prefix(&self.root).unwrap_or(&file);
-        Ok(Source::file(name.to_string_lossy(), text))
+        let file = location::normal(&std::path::absolute(file).unwrap_or_else(|_| file.to_owned()));
+        let folder = file.parent().unwrap_or(&self.root);
+        Ok(Source::file(self.name_of(&file), folder, text))
     }
 
     /// Reads the stage file that is named at `spot`, unless it was read before.
     pub fn read_stage(&mut self, name: &str, spot: &Spot, problems: &mut Vec<Diagnostic>) {
-        let path = self.root.join(STAGES_DIR).join(format!("{name}.toml"));
         if self.stages.contains_key(name) {
             return;
         }
-        let valid = stage_names(&self.root);
-        if !valid.iter().any(|stage| stage == name) {
+        let own = stage_files(&self.root);
+        let valid: BTreeSet<&str> =
+            own.iter().map(String::as_str).chain(embedded::STAGES.iter().map(|(name, _)| *name)).collect();
+        if !valid.contains(name) {
             problems.push(
                 Diagnostic::new(format!("there is no stage `{name}`"))
                     .at(spot, format!("no file {STAGES_DIR}/{name}.toml"))
-                    .nearest(name, valid.iter().map(String::as_str)),
+                    .nearest(name, valid),
             );
             return;
         }
-        let stage = match self.read(&path) {
-            Ok(source) => StageFile::parse(&source, problems),
+        let folder = self.root.join(STAGES_DIR);
+        let source = match own.iter().any(|known| known == name) {
+            true => self.read(&folder.join(format!("{name}.toml"))),
+            false => {
+                let text = embedded::stage(name).unwrap_or_default();
+                Ok(Source::file(format!("built-in {STAGES_DIR}/{name}.toml"), folder, text))
+            }
+        };
+        let stage = match source {
+            Ok(source) => {
+                let tree = merged(self, &source, problems);
+                StageFile::parse(tree, problems)
+            }
             Err(problem) => {
                 problems.push(problem);
                 None
@@ -83,7 +138,7 @@ impl Project {
 }
 
 /// Returns the names of the stage files below `root`, sorted.
-fn stage_names(root: &Path) -> Vec<String> {
+fn stage_files(root: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(root.join(STAGES_DIR)).into_iter().flatten().flatten();
     let files = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "toml"));
     // The manifests of the crates that implement stages lie one folder deeper.
@@ -97,7 +152,8 @@ fn unreadable(file: &Path, error: &std::io::Error) -> Diagnostic {
     let problem = Diagnostic::new(format!("cannot read `{}`: {error}", file.display()));
     let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let beside = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let names: Vec<String> = beside.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    let mut names: Vec<String> = beside.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+    names.sort();
     let names: Vec<&str> = names.iter().map(String::as_str).filter(|name| name.ends_with(".toml")).collect();
     let found = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if error.kind() == std::io::ErrorKind::NotFound { problem.nearest(found, names) } else { problem }

@@ -23,7 +23,11 @@ pub struct Resolved {
     pub seed: u64,
     /// Profile that was chosen.
     pub profile: String,
-    /// Project folder: the nearest ancestor of the pipeline file with a `stages` folder. Relative paths start here.
+    /// Variants of the pipeline file that were chosen, lowest first.
+    #[serde(default)]
+    pub variants: Vec<String>,
+    /// Project folder: the nearest ancestor of the pipeline file with a `stages` folder, else the folder above
+    /// `pipelines/`. Relative paths in settings start here.
     pub root: PathBuf,
     /// Pipeline file.
     pub pipeline_file: PathBuf,

@@ -4,6 +4,7 @@
 //! of merging: it sees one tree, each value of which knows where it was written.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::OnceLock;
 
 use deepgen_contract::settings::schema;
@@ -11,7 +12,9 @@ use deepgen_contract::stage::StageKind;
 use serde_json::Value as Json;
 
 use super::diagnostic::{Diagnostic, quoted_list};
+use super::location::from_root;
 use super::path;
+use super::reference::is_marked;
 use super::tree::{Spot, Table, Tree, Value};
 
 /// What a value may look like.
@@ -27,6 +30,8 @@ pub enum Shape {
     Number,
     /// A text.
     Text,
+    /// A file or folder: a text, relative to the file that holds it until it is settled.
+    Path,
     /// A list, and its length when that is fixed.
     List(Box<Shape>, Option<usize>),
     /// A table with any keys.
@@ -90,6 +95,7 @@ fn read(schema: &Json, root: &Json) -> Shape {
         Some("boolean") => Shape::Bool,
         Some("integer") => Shape::Int(schema["minimum"].as_f64(), schema["maximum"].as_f64()),
         Some("number") => Shape::Number,
+        Some("string") if schema["format"] == "path" => Shape::Path,
         Some("string") => Shape::Text,
         Some("array") => {
             let items = schema["prefixItems"].get(0).unwrap_or(&schema["items"]);
@@ -159,14 +165,17 @@ impl Check<'_> {
     /// Checks `tree`, which stands at the dotted `key`.
     pub fn value(&mut self, key: &str, tree: &Tree, shape: &Shape) {
         match (shape, &tree.value) {
-            (Shape::Any, _) | (Shape::Bool, Value::Bool(_)) | (Shape::Text, Value::Text(_)) => {}
+            // What a reference stands for is known only once a node uses it.
+            (_, Value::Text(text)) if !self.is_complete && is_marked(text) => {}
+            (Shape::Any, _) | (Shape::Bool, Value::Bool(_)) => {}
+            (Shape::Text | Shape::Path, Value::Text(_)) => {}
             (Shape::Int(least, most), Value::Int(number)) => self.range(key, tree, *number, (*least, *most)),
             (Shape::Number, Value::Int(_)) => {}
             (Shape::Number, Value::Float(number)) if number.is_finite() => {}
             (Shape::List(item, length), Value::List(items)) => {
                 if let Some(length) = length.filter(|length| *length != items.len()) {
                     let message = format!("`{key}` has {} values, but must have {length}", items.len());
-                    self.problems.push(Diagnostic::new(message).at(&tree.spot, "here"));
+                    self.problems.push(Diagnostic::new(message).at_value(tree, "here"));
                 }
                 for (at, value) in items.iter().enumerate() {
                     self.value(&format!("{key}[{at}]"), value, item);
@@ -183,7 +192,7 @@ impl Check<'_> {
             (shape, value) => {
                 let message = format!("`{key}` is {}, but must be {}", value.kind(), shape.expectation());
                 self.problems
-                    .push(Diagnostic::new(message).at(&tree.spot, format!("expected {}", shape.expectation())));
+                    .push(Diagnostic::new(message).at_value(tree, format!("expected {}", shape.expectation())));
             }
         }
     }
@@ -197,7 +206,7 @@ impl Check<'_> {
             _ => return,
         };
         let message = format!("`{key}` is {number}, but must be {bound}");
-        self.problems.push(Diagnostic::new(message).at(&tree.spot, format!("must be {bound}")));
+        self.problems.push(Diagnostic::new(message).at_value(tree, format!("must be {bound}")));
     }
 
     fn fields(&mut self, key: &str, tree: &Tree, table: &Table, fields: &BTreeMap<String, Field>, has_kind: bool) {
@@ -226,7 +235,7 @@ impl Check<'_> {
             // An empty span is the root of a file, where a caret would say nothing.
             match self.owner.filter(|_| tree.spot.start == tree.spot.end) {
                 Some(owner) => problem = problem.at(owner, "this node needs it"),
-                None => problem = problem.at(&tree.spot, "not here"),
+                None => problem = problem.at_value(tree, "not here"),
             }
             self.problems.push(problem);
         }
@@ -239,7 +248,7 @@ impl Check<'_> {
             if self.is_complete {
                 let message = format!("missing setting `{}`", path::join(key, "kind"));
                 let help = format!("one of {}", quoted_list(&all));
-                self.problems.push(Diagnostic::new(message).at(&tree.spot, "not here").help(help));
+                self.problems.push(Diagnostic::new(message).at_value(tree, "not here").help(help));
             }
             return;
         };
@@ -249,7 +258,7 @@ impl Check<'_> {
                 let found = kind.tree.text().unwrap_or_default();
                 self.problems.push(
                     Diagnostic::new(format!("`{}` is none of {}", path::join(key, "kind"), quoted_list(&all)))
-                        .at(&kind.tree.spot, "unknown kind")
+                        .at_value(&kind.tree, "unknown kind")
                         .nearest(found, kinds()),
                 );
             }
@@ -269,13 +278,21 @@ impl Check<'_> {
             Some(word) if words.iter().any(|known| known == word) => {}
             Some(word) if payloads.contains_key(word) => {
                 let message = format!("`{key}` = `{word}` needs a value: write `{{ {word} = .. }}`");
-                self.problems.push(Diagnostic::new(message).at(&tree.spot, "without a value"));
+                self.problems.push(Diagnostic::new(message).at_value(tree, "without a value"));
             }
             found => self.problems.push(
                 Diagnostic::new(format!("`{key}` is none of {}", quoted_list(&all)))
-                    .at(&tree.spot, "not a choice")
+                    .at_value(tree, "not a choice")
                     .nearest(found.unwrap_or_default(), names()),
             ),
+        }
+    }
+}
+
+fn settle_fields(fields: &BTreeMap<String, Field>, table: &mut Table, root: &Path) {
+    for (name, field) in fields {
+        if let Some(entry) = table.get_mut(name) {
+            field.shape.settle_paths(&mut entry.tree, root);
         }
     }
 }
@@ -290,6 +307,34 @@ fn deeper(fields: &BTreeMap<String, Field>, name: &str) -> Option<String> {
 }
 
 impl Shape {
+    /// Turns the paths in `tree` from relative to the file that holds each into relative to `root`.
+    pub fn settle_paths(&self, tree: &mut Tree, root: &Path) {
+        match (self, &mut tree.value) {
+            (Self::Path, Value::Text(text)) => *text = from_root(root, &tree.spot.source.folder, text),
+            (Self::List(item, _), Value::List(items)) => {
+                items.iter_mut().for_each(|tree| item.settle_paths(tree, root))
+            }
+            (Self::Map(item), Value::Table(table)) => {
+                table.values_mut().for_each(|entry| item.settle_paths(&mut entry.tree, root));
+            }
+            (Self::Fields(fields), Value::Table(table)) => settle_fields(fields, table, root),
+            (Self::Tagged(variants), Value::Table(table)) => {
+                let kind = table.get("kind").and_then(|entry| entry.tree.text()).map(str::to_owned);
+                if let Some(fields) = kind.and_then(|kind| variants.get(&kind)) {
+                    settle_fields(fields, table, root);
+                }
+            }
+            (Self::Choice(_, payloads), Value::Table(table)) => {
+                for (name, entry) in table {
+                    if let Some(shape) = payloads.get(name) {
+                        shape.settle_paths(&mut entry.tree, root);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+
     fn expectation(&self) -> &'static str {
         match self {
             Self::Any => "anything",
@@ -297,6 +342,7 @@ impl Shape {
             Self::Int(..) => "a whole number",
             Self::Number => "a finite number",
             Self::Text => "a text",
+            Self::Path => "a path, as a text",
             Self::List(..) => "a list",
             Self::Map(_) | Self::Fields(_) | Self::Tagged(_) => "a table",
             Self::Choice(..) => "one of a few words",
@@ -318,7 +364,7 @@ mod tests {
                 .values()
                 .for_each(|fields| fields.iter().for_each(|(key, field)| no_any(&field.shape, &path::join(at, key)))),
             Shape::Choice(_, payloads) => payloads.iter().for_each(|(key, shape)| no_any(shape, &path::join(at, key))),
-            Shape::Bool | Shape::Int(..) | Shape::Number | Shape::Text => {}
+            Shape::Bool | Shape::Int(..) | Shape::Number | Shape::Text | Shape::Path => {}
         }
     }
 

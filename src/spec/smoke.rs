@@ -52,6 +52,11 @@ fn caps(kind: StageKind) -> &'static [(&'static str, i64)] {
     }
 }
 
+/// Returns the layer's source.
+pub fn source() -> Arc<Source> {
+    Source::file(SOURCE, "", SOURCE)
+}
+
 /// Lowers the settings of a node of this kind.
 pub fn lower(settings: &mut Tree, kind: StageKind, source: &Arc<Source>) {
     let kind_of_source = ["source", "shapes", "kind"].iter().try_fold(&*settings, |tree, key| tree.get(key));
@@ -63,7 +68,7 @@ pub fn lower(settings: &mut Tree, kind: StageKind, source: &Arc<Source>) {
 
 fn cap(tree: &mut Tree, keys: &[String], most: i64, source: &Arc<Source>) {
     match (&mut tree.value, keys) {
-        (Value::Int(number), []) if *number > most => {
+        (Value::Int(number), []) if *number > most && !tree.spot.source.is_command_line => {
             *number = most;
             tree.spot = source.spot(0, source.text.len());
         }
@@ -114,8 +119,7 @@ mod tests {
 
     #[test]
     fn nothing_is_raised_and_lists_are_lowered_item_by_item() {
-        let (source, below) =
-            (Source::file(SOURCE, "--smoke"), Source::file("a.toml", "phases = [{ steps = 9 }, { steps = 1 }]"));
+        let (source, below) = (super::source(), Source::file("a.toml", "", "phases = [{ steps = 9 }, { steps = 1 }]"));
         let (mut tree, problems) = crate::spec::tree::parse(&below);
         assert!(problems.is_empty());
         lower(&mut tree, StageKind::BaseVae, &source);

@@ -9,10 +9,13 @@ use deepgen_contract::stage::StageKind;
 
 use super::diagnostic::Diagnostic;
 use super::shape::{self, Check};
-use super::tree::{self, Source, Spot, Tree, Value};
+use super::tree::{Spot, Tree, Value};
 
 /// The profile that changes nothing in stage files: their defaults are the paper's values.
 pub const PAPER_PROFILE: &str = "paper";
+
+/// Keys of a stage file beside its settings.
+pub const STAGE_KEYS: [&str; 3] = ["kind", "description", "profile"];
 
 /// Returns the profile that `profile` builds on unless a pipeline says otherwise: the sizes of the shapes world are the
 /// same in `tiny` and `small`.
@@ -32,22 +35,17 @@ pub struct StageFile {
 }
 
 impl StageFile {
-    /// Parses a stage file; nothing when its kind is not known.
-    pub fn parse(source: &Arc<Source>, problems: &mut Vec<Diagnostic>) -> Option<Self> {
-        let (mut tree, errors) = tree::parse(source);
-        let is_readable = errors.is_empty();
-        problems.extend(errors);
+    /// Reads a whole stage file; nothing when its kind is not known.
+    pub fn parse(mut tree: Tree, problems: &mut Vec<Diagnostic>) -> Option<Self> {
         let root = tree.spot.clone();
         let Value::Table(table) = &mut tree.value else { return None };
-        let (kind, description, profile) = (table.remove("kind"), table.remove("description"), table.remove("profile"));
+        let [kind, description, profile] = STAGE_KEYS.map(|key| table.remove(key));
         let kind = match &kind {
             Some(entry) => parse_kind(&entry.tree, problems)?,
             None => {
-                if is_readable {
-                    let start = Spot { end: 1, ..root };
-                    let problem = Diagnostic::new("missing key `kind`").at(&start, "not in this file");
-                    problems.push(problem.help(r#"a stage file starts with its kind, such as kind = "train""#));
-                }
+                let start = Spot { end: 1.min(root.source.text.len()), ..root };
+                let problem = Diagnostic::new("missing key `kind`").at(&start, "not in this file");
+                problems.push(problem.help(r#"a stage file starts with its kind, such as kind = "train""#));
                 return None;
             }
         };

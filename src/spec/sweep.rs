@@ -5,19 +5,26 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 
 use super::assignment::Assignment;
+use super::axes::{Axes, AxisTable, parse_exclude, parse_over, parse_zip};
 use super::diagnostic::Diagnostic;
 use super::fields::Fields;
-use super::pipeline::Pipeline;
+use super::include::merged;
+use super::location;
 use super::project::Project;
 use super::resolve::{Request, resolve};
 use super::resolved::{MetricRef, Resolved, ResolvedNode, Sweep, Variant};
-use super::tree::{self, Source, Spot, Tree, Value};
+use super::tree::{Spot, Tree};
 use crate::plan::Identity;
+
+/// Keys of an experiment file; `include` is taken out before.
+pub const EXPERIMENT_KEYS: [&str; 9] =
+    ["name", "description", "pipeline", "profile", "compare", "variant", "axes", "zip", "exclude"];
+/// Keys of a variant.
+pub const VARIANT_KEYS: [&str; 4] = ["name", "description", "use", "set"];
 
 /// An experiment file after parsing.
 #[derive(Debug)]
@@ -30,21 +37,22 @@ pub struct Experiment {
 }
 
 /// A variant, or a point of the grid of axes.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 struct VariantTable {
     name: String,
+    /// Variants of the pipeline file that it takes on.
+    uses: Vec<(String, Spot)>,
     assignments: Vec<Assignment>,
 }
 
 impl Experiment {
-    /// Parses an experiment file; nothing when it names no pipeline.
-    pub fn parse(source: &Arc<Source>, problems: &mut Vec<Diagnostic>) -> Option<Self> {
-        let (tree, errors) = tree::parse(source);
-        problems.extend(errors);
-        let known = ["name", "description", "pipeline", "profile", "compare", "variant", "axes"];
+    /// Reads a whole experiment file; nothing when it names no pipeline.
+    pub fn parse(tree: &Tree, problems: &mut Vec<Diagnostic>) -> Option<Self> {
+        let source = &tree.spot.source;
+        let start = source.spot(0, 1.min(source.text.len()));
         let mut found = Vec::new();
-        let mut fields = Fields::new("", &tree, &known, problems)?;
-        fields.require("pipeline", &source.spot(0, 1.min(source.text.len())));
+        let mut fields = Fields::new("", tree, &EXPERIMENT_KEYS, problems)?;
+        fields.require("pipeline", &start);
         fields.text("description");
         let name = fields.text("name").map(|(name, _)| name);
         let stem = || Path::new(&source.name).file_stem().map(|stem| stem.to_string_lossy().into_owned());
@@ -53,21 +61,37 @@ impl Experiment {
         for item in fields.list("compare") {
             match item.text().ok_or_else(|| "`compare` lists texts".to_owned()).and_then(MetricRef::parse) {
                 Ok(metric) => compare.push((metric, item.spot.clone())),
-                Err(message) => found.push(Diagnostic::new(message).at(&item.spot, "here")),
+                Err(message) => {
+                    let help = "write `node.metric`, such as \"scores[geneval].overall\"";
+                    found.push(Diagnostic::new(message).at(&item.spot, "here").help(help));
+                }
             }
         }
-        let (tables, axes) = (fields.list("variant"), fields.tree("axes"));
+        let tables = fields.list("variant");
+        let (axes, zip, exclude) = (fields.tree("axes"), fields.tree("zip"), fields.tree("exclude"));
         let mut variants = parse_variants(tables, &mut found);
-        if let Some(axes) = axes {
-            variants = with_axes(variants, axes, &mut found);
+        let grid = Axes {
+            over: axes.map_or_else(Vec::new, |axes| parse_over("axes", axes, &mut found)),
+            zip: zip.map_or_else(Vec::new, |zip| parse_zip("zip", zip, &mut found)),
+            exclude: exclude.map_or_else(Vec::new, |exclude| parse_exclude("exclude", exclude, &mut found)),
+        };
+        grid.check(&[], &mut found);
+        grid.check_values(&mut found);
+        if !grid.over.is_empty() {
+            variants = with_axes(variants, &grid, &mut found);
         }
         if tables.is_empty() && axes.is_none() {
-            let message = "this experiment has neither variants nor axes";
-            found
-                .push(Diagnostic::new(message).at(&source.spot(0, 1), "here").help("add [[variant]] tables or [axes]"));
+            let problem = Diagnostic::new("this experiment has neither variants nor axes").at(&start, "here");
+            found.push(problem.help("add [[variant]] tables or [axes]"));
         }
         problems.extend(found);
         Some(Self { name: name.or_else(stem).unwrap_or_default(), pipeline: pipeline?, profile, compare, variants })
+    }
+
+    /// Returns the pipeline file; its path is relative to the experiment file.
+    pub fn pipeline_file(&self) -> PathBuf {
+        let (written, spot) = &self.pipeline;
+        location::normal(&spot.source.folder.join(written))
     }
 
     /// Resolves the pipeline for each variant and unites the graphs.
@@ -78,22 +102,22 @@ impl Experiment {
         request: &Request,
         problems: &mut Vec<Diagnostic>,
     ) -> Option<Resolved> {
-        let (written, spot) = &self.pipeline;
-        let pipeline_file: PathBuf = project.root.join(written);
-        let source = match project.read(&pipeline_file) {
+        let pipeline_file = self.pipeline_file();
+        let source = match project.read_named(&self.pipeline.0, &self.pipeline.1) {
             Ok(source) => source,
             Err(problem) => {
-                problems.push(problem.at(spot, "named here, relative to the project's root"));
+                problems.push(problem);
                 return None;
             }
         };
-        let pipeline = Pipeline::parse(&source, problems);
+        let tree = merged(project, &source, problems);
         let mut resolved = Vec::new();
         for variant in &self.variants {
             let assignments = variant.assignments.iter().chain(&request.assignments).cloned().collect();
             let profile = request.profile.clone().or_else(|| self.profile.clone());
-            let request = Request { profile, assignments, is_smoke: request.is_smoke };
-            resolved.push(resolve(project, (&pipeline_file, &pipeline), &request, problems));
+            let variants = variant.uses.iter().chain(&request.variants).cloned().collect();
+            let request = Request { profile, variants, assignments, is_smoke: request.is_smoke };
+            resolved.push(resolve(project, (&pipeline_file, &tree), &request, problems).resolved);
         }
         self.check_metrics(&resolved, problems);
         if !problems.is_empty() {
@@ -101,12 +125,17 @@ impl Experiment {
         }
         let (nodes, variants) = unite(&self.variants, &resolved);
         let compare = self.compare.iter().map(|(metric, _)| metric.clone()).collect();
+        let mut left_out = BTreeMap::new();
+        resolved.iter().rev().for_each(|resolved| left_out.extend(resolved.left_out.clone()));
+        left_out.retain(|name, _| !variants.iter().any(|variant| variant.nodes.contains_key(name)));
         let first = resolved.into_iter().next()?;
         Some(Resolved {
             name: self.name.clone(),
             experiment_file: Some(std::path::absolute(file).unwrap_or_else(|_| file.to_owned())),
             nodes,
             sweep: Some(Sweep { name: self.name.clone(), compare, variants }),
+            variants: request.variants.iter().map(|(name, _)| name.clone()).collect(),
+            left_out,
             ..first
         })
     }
@@ -130,81 +159,79 @@ impl Experiment {
 fn parse_variants(tables: &[Tree], problems: &mut Vec<Diagnostic>) -> Vec<VariantTable> {
     let mut variants: Vec<VariantTable> = Vec::new();
     for table in tables {
-        let mut set = None;
-        let mut name = None;
-        if let Some(mut fields) = Fields::new("variant", table, &["name", "description", "set"], problems) {
+        let (mut set, mut name, mut uses) = (None, None, Vec::new());
+        if let Some(mut fields) = Fields::new("variant", table, &VARIANT_KEYS, problems) {
             fields.require("name", &table.spot);
             fields.text("description");
             name = fields.text("name");
             set = fields.tree("set");
+            uses = match fields.tree("use") {
+                Some(one) if one.text().is_some() => fields.text("use").into_iter().collect(),
+                _ => fields.texts("use"),
+            };
         }
         let Some((name, spot)) = name else { continue };
         if variants.iter().any(|variant| variant.name == name) {
-            let problem = Diagnostic::new(format!("two variants are named `{name}`"));
-            problems.push(problem.at(&spot, "again here"));
+            let problem = Diagnostic::new(format!("two variants are named `{name}`")).at(&spot, "again here");
+            problems.push(problem.help("give each variant a name of its own"));
         }
-        let assignments = set.map_or_else(Vec::new, |set| parse_set(set, problems));
-        variants.push(VariantTable { name, assignments });
+        let assignments = set.map_or_else(Vec::new, |set| Assignment::parse_table("variant.set", set, problems));
+        variants.push(VariantTable { name, uses, assignments });
     }
     variants
 }
 
-/// Reads `set = { "node.key" = value }`, or with bare dotted keys.
-fn parse_set(set: &Tree, problems: &mut Vec<Diagnostic>) -> Vec<Assignment> {
-    let Some(_) = set.table() else {
-        problems.push(Diagnostic::new("`variant.set` must be a table").at(&set.spot, "expected a table"));
-        return Vec::new();
-    };
-    let mut assignments = Vec::new();
-    for (key, spot, value) in super::fields::ordered(set.table().expect("seen above")) {
-        match (super::path::first_dot(key), value.table()) {
-            // `sft.optimizer.lr = 1` without quotes: the node is the outermost table.
-            (None, Some(_)) => assignments.push(Assignment {
-                selector: key.to_owned(),
-                spot: spot.clone(),
-                set: value.clone().undotted(),
-            }),
-            _ => match Assignment::new(key, spot, value.clone()) {
-                Ok(assignment) => assignments.push(assignment),
-                Err(problem) => problems.push(problem),
-            },
-        }
-    }
-    assignments
-}
-
-/// Multiplies the variants by a grid: `[axes]` with `"node.key" = [values]`.
-fn with_axes(variants: Vec<VariantTable>, axes: &Tree, problems: &mut Vec<Diagnostic>) -> Vec<VariantTable> {
-    let mut grid = variants;
-    let mut lists = Vec::new();
-    // Dotted keys spell tables; only lists are values here.
-    axes.leaves("", &mut |key, tree| lists.push((key, tree.clone())));
-    lists.sort_by_key(|(_, tree)| tree.spot.start);
-    for (key, tree) in lists {
-        let Value::List(values) = &tree.value else {
-            problems.push(Diagnostic::new(format!("`axes.{key}` must be a list")).at(&tree.spot, "expected a list"));
-            continue;
-        };
-        let short = super::path::split(&key).pop().unwrap_or_default();
-        let mut next = Vec::new();
-        let empty = VariantTable { name: String::new(), assignments: Vec::new() };
-        let base = if grid.is_empty() { vec![empty] } else { grid };
-        for variant in &base {
-            for value in values {
-                let label = value.text().map_or_else(|| value.json().to_string(), str::to_owned);
-                let label = format!("{short}={label}");
-                let mut variant = variant.clone();
-                variant.name = if variant.name.is_empty() { label } else { format!("{}, {label}", variant.name) };
-                match Assignment::new(&key, &value.spot, value.clone()) {
-                    Ok(assignment) => variant.assignments.push(assignment),
-                    Err(problem) => problems.push(problem),
-                }
-                next.push(variant);
+/// Multiplies the variants by a grid: `[axes]` with `"node.key" = [values]`, thinned by `zip` and `exclude`.
+fn with_axes(variants: Vec<VariantTable>, axes: &Axes, problems: &mut Vec<Diagnostic>) -> Vec<VariantTable> {
+    let base = if variants.is_empty() { vec![VariantTable::default()] } else { variants };
+    // Of each variant so far, which value of each axis it has.
+    let mut grid: Vec<(VariantTable, BTreeMap<usize, usize>)> =
+        base.into_iter().map(|variant| (variant, BTreeMap::new())).collect();
+    for group in axes.groups() {
+        let num = axes.over[group[0]].values.len();
+        let at_value = |(variant, chosen): &(VariantTable, BTreeMap<usize, usize>), value: usize| {
+            let (mut variant, mut chosen) = (variant.clone(), chosen.clone());
+            for (place, &axis) in group.iter().enumerate() {
+                chosen.insert(axis, value);
+                let wrong = assign(&mut variant, &axes.over[axis], value, place == 0).err();
+                problems.extend(wrong);
             }
+            (variant, chosen)
+        };
+        let mut at_value = at_value;
+        let mut next = Vec::with_capacity(grid.len() * num);
+        for point in &grid {
+            next.extend((0..num).map(|value| at_value(point, value)));
         }
         grid = next;
     }
-    grid
+    let place = |key: &str| axes.over.iter().position(|axis| axis.key == key);
+    grid.retain(|(_, chosen)| {
+        !axes.excludes(|key| {
+            let axis = place(key)?;
+            axes.over[axis].values.get(*chosen.get(&axis)?)
+        })
+    });
+    if grid.is_empty()
+        && let Some(axis) = axes.over.first()
+    {
+        let problem = Diagnostic::new("`exclude` leaves no combination of the axes").at(&axis.spot, "of these");
+        problems.push(problem.help("leave out fewer combinations"));
+    }
+    grid.into_iter().map(|(variant, _)| variant).collect()
+}
+
+/// Sets one axis to one of its values; the first of a group gives the variant its name.
+fn assign(variant: &mut VariantTable, axis: &AxisTable, value: usize, is_named: bool) -> Result<(), Diagnostic> {
+    let value = &axis.values[value];
+    if is_named {
+        let short = super::path::split(&axis.key).pop().unwrap_or_default();
+        let label = value.text().map_or_else(|| value.json().to_string(), str::to_owned);
+        let label = format!("{short}={label}");
+        variant.name = if variant.name.is_empty() { label } else { format!("{}, {label}", variant.name) };
+    }
+    variant.assignments.push(Assignment::new(&axis.key, &value.spot, value.clone())?);
+    Ok(())
 }
 
 /// Unites the variants' graphs by fingerprint; external content counts by its path, which is the same for all.

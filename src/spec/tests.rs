@@ -14,7 +14,7 @@ pub fn fixtures() -> PathBuf {
 
 pub fn overrides(profile: Option<&str>, set: &[&str]) -> Overrides {
     let set = set.iter().map(|&set| set.to_owned()).collect();
-    Overrides { profile: profile.map(str::to_owned), set, smoke: false }
+    Overrides { profile: profile.map(str::to_owned), set, ..Overrides::default() }
 }
 
 pub fn full(profile: Option<&str>, set: &[&str]) -> Resolved {
@@ -23,19 +23,19 @@ pub fn full(profile: Option<&str>, set: &[&str]) -> Resolved {
     })
 }
 
-fn node<'a>(resolved: &'a Resolved, name: &str) -> &'a ResolvedNode {
+pub fn node<'a>(resolved: &'a Resolved, name: &str) -> &'a ResolvedNode {
     resolved.node(&NodeName(name.to_owned())).unwrap_or_else(|| panic!("no node {name} in {:?}", names(resolved)))
 }
 
-fn names(resolved: &Resolved) -> Vec<&str> {
+pub fn names(resolved: &Resolved) -> Vec<&str> {
     resolved.nodes.iter().map(|node| node.name.0.as_str()).collect()
 }
 
 /// A project with the fixture's stages and the files given.
-struct Project(TempDir);
+pub struct Project(TempDir);
 
 impl Project {
-    fn new(files: &[(&str, &str)]) -> Self {
+    pub fn new(files: &[(&str, &str)]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(folder.path().join("stages")).unwrap();
         for entry in std::fs::read_dir(fixtures().join("stages")).unwrap() {
@@ -52,16 +52,16 @@ impl Project {
         Self(folder)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    fn text(&self, problems: &[Diagnostic]) -> String {
+    pub fn text(&self, problems: &[Diagnostic]) -> String {
         render(problems, Style::Plain).replace(&*self.0.path().to_string_lossy(), "PROJECT")
     }
 
     /// Loads a file that must be wrong, and returns what a person would read.
-    fn problems(&self, name: &str, overrides: &Overrides) -> String {
+    pub fn problems(&self, name: &str, overrides: &Overrides) -> String {
         self.text(&load(&self.path(name), overrides).expect_err("the file is wrong"))
     }
 }
@@ -70,7 +70,7 @@ fn problems_of(text: &str) -> String {
     Project::new(&[("pipelines/p.toml", text)]).problems("pipelines/p.toml", &Overrides::default())
 }
 
-fn text_of(settings: &Settings, pointer: &str) -> String {
+pub fn text_of(settings: &Settings, pointer: &str) -> String {
     settings.to_value().unwrap().pointer(pointer).map_or_else(|| "absent".to_owned(), ToString::to_string)
 }
 
@@ -103,7 +103,8 @@ fn a_table_whose_kind_changes_is_replaced_and_otherwise_merged() {
         serde_json::json!({"kind": "blip3o", "index": "/data/blip3o", "images": "/data/blip3o"})
     );
     let other = full(None, &["captions.source.path=other.txt"]);
-    assert_eq!(text_of(&node(&other, "captions").settings, "/source/path"), "\"other.txt\"");
+    let path = text_of(&node(&other, "captions").settings, "/source/path");
+    assert_eq!(path, "\"../../../other.txt\"", "relative to the working directory");
 }
 
 #[test]
@@ -187,7 +188,7 @@ fn a_sweep_holds_shared_nodes_once_and_says_what_stands_for_what() {
 #[test]
 fn axes_of_an_experiment_make_a_grid() {
     let text = r#"
-        pipeline = "pipelines/full.toml"
+        pipeline = "../pipelines/full.toml"
         compare = ["scores[geneval,handoff-2].overall"]
         [axes]
         "sft.optimizer.lr" = [1e-4, 2e-4]
@@ -312,8 +313,8 @@ fn mistakes_in_a_stage_file_are_shown_once_however_many_nodes_use_it() {
 #[test]
 fn mistakes_in_an_experiment_are_shown_with_their_lines() {
     let text = "pipelin = \"pipelines/full.toml\"\ncompare = [\"scores\"]\n\n[[variant]]\nset = { sft = 1 }\n";
-    let other = "pipeline = \"pipelines/ful.toml\"\n[[variant]]\nname = \"a\"\n";
-    let third = "pipeline = \"pipelines/full.toml\"\ncompare = [\"scores[genval,handoff-2].overall\"]\n\n[[variant]]\n\
+    let other = "pipeline = \"../pipelines/ful.toml\"\n[[variant]]\nname = \"a\"\n";
+    let third = "pipeline = \"../pipelines/full.toml\"\ncompare = [\"scores[genval,handoff-2].overall\"]\n\n[[variant]]\n\
                  name = \"a\"\nset = { \"sft.model.bridge.layer\" = \"last\" }\n";
     let pipeline = std::fs::read_to_string(fixtures().join("pipelines/full.toml")).unwrap();
     let files = [("e/a.toml", text), ("e/b.toml", other), ("e/c.toml", third), ("pipelines/full.toml", &*pipeline)];

@@ -3,7 +3,8 @@
 //! Knows nothing of stages or pipelines.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
@@ -17,26 +18,38 @@ use super::resolved::Origin;
 pub struct Source {
     /// Path relative to the project's root, or `command line`.
     pub name: String,
+    /// Folder that relative paths in it start from, absolute.
+    pub folder: PathBuf,
     /// The whole text.
     pub text: String,
     /// True for the command line.
     pub is_command_line: bool,
+    /// Place among the files that are merged into one: a file comes after those it includes.
+    pub rank: OnceLock<usize>,
     /// Positions of the newlines.
     newlines: Vec<usize>,
 }
 
 impl Source {
-    /// Returns a file's text under its name.
-    pub fn file(name: impl Into<String>, text: impl Into<String>) -> Arc<Self> {
+    /// Returns a file's text under its name; relative paths in it start from `folder`.
+    pub fn file(name: impl Into<String>, folder: impl Into<PathBuf>, text: impl Into<String>) -> Arc<Self> {
         let text = text.into();
         let newlines = text.match_indices('\n').map(|(at, _)| at).collect();
-        Arc::new(Self { name: name.into(), text, is_command_line: false, newlines })
+        Arc::new(Self {
+            name: name.into(),
+            folder: folder.into(),
+            text,
+            is_command_line: false,
+            rank: OnceLock::new(),
+            newlines,
+        })
     }
 
-    /// Returns one argument of the command line.
+    /// Returns one argument of the command line, where relative paths start from the working directory.
     pub fn argument(text: impl Into<String>) -> Arc<Self> {
+        let folder = std::env::current_dir().unwrap_or_default();
         let (name, text) = ("command line".into(), text.into());
-        Arc::new(Self { name, text, is_command_line: true, newlines: Vec::new() })
+        Arc::new(Self { name, folder, text, is_command_line: true, rank: OnceLock::new(), newlines: Vec::new() })
     }
 
     /// Returns the line, from 1, of a byte position.
@@ -64,6 +77,11 @@ pub struct Spot {
 }
 
 impl Spot {
+    /// Returns its place in the order of writing, over all files that are merged into one.
+    pub fn order(&self) -> (usize, usize) {
+        (self.source.rank.get().copied().unwrap_or(0), self.start)
+    }
+
     /// Returns the line, from 1.
     pub fn line(&self) -> usize {
         self.source.line(self.start)
@@ -89,6 +107,8 @@ pub struct Tree {
     pub spot: Spot,
     /// What.
     pub value: Value,
+    /// Where a reference stands that took the value on.
+    pub via: Option<Box<Spot>>,
 }
 
 /// What a tree holds.
@@ -140,7 +160,7 @@ impl Value {
 impl Tree {
     /// Returns an empty table at `spot`.
     pub fn empty(spot: Spot) -> Self {
-        Self { spot, value: Value::Table(Table::new()) }
+        Self { spot, value: Value::Table(Table::new()), via: None }
     }
 
     /// Returns the table, if it is one.
@@ -187,7 +207,17 @@ impl Tree {
                     }
                 }
             }
-            (_, value) => *self = Tree { spot: over.spot, value },
+            (_, value) => *self = Tree { spot: over.spot, value, via: over.via },
+        }
+    }
+
+    /// Returns true when a text in it may hold a reference.
+    pub fn has_marks(&self) -> bool {
+        match &self.value {
+            Value::Text(text) => super::reference::is_marked(text),
+            Value::List(items) => items.iter().any(Tree::has_marks),
+            Value::Table(table) => table.values().any(|entry| entry.tree.has_marks()),
+            _ => false,
         }
     }
 
@@ -196,7 +226,7 @@ impl Tree {
         keys.iter().rev().fold(self, |tree, part| {
             let spot = tree.spot.clone();
             let table = Table::from([(part.clone(), Entry { key: key.clone(), tree })]);
-            Tree { spot, value: Value::Table(table) }
+            Tree { spot, value: Value::Table(table), via: None }
         })
     }
 
@@ -206,9 +236,14 @@ impl Tree {
         let mut all = Tree::empty(self.spot);
         // In order of writing, so that of two spellings of one key the later counts.
         let mut entries: Vec<_> = table.into_iter().collect();
-        entries.sort_by_key(|(_, entry)| entry.key.start);
+        entries.sort_by_key(|(_, entry)| entry.key.order());
         for (key, entry) in entries {
-            all.merge(entry.tree.undotted().nested(&path::split(&key), &entry.key));
+            let mut keys = path::split(&key);
+            // Deeper than any setting lies; left as it is, it is an unknown key and not a tower of tables.
+            if keys.len() > DEEPEST_KEY {
+                keys = vec![key];
+            }
+            all.merge(entry.tree.undotted().nested(&keys, &entry.key));
         }
         all
     }
@@ -260,6 +295,9 @@ impl Tree {
     }
 }
 
+/// Most parts of a dotted key that is taken apart.
+pub const DEEPEST_KEY: usize = 16;
+
 /// Beginning of the message of every syntax error but a repeated key.
 pub const NOT_TOML: &str = "this is not TOML";
 
@@ -267,7 +305,7 @@ pub const NOT_TOML: &str = "this is not TOML";
 pub fn parse(source: &Arc<Source>) -> (Tree, Vec<Diagnostic>) {
     let (document, errors) = DeTable::parse_recoverable(&source.text);
     let whole = source.spot(0, 0);
-    let tree = Tree { spot: whole.clone(), value: Value::Table(table(document.into_inner(), source, 0)) };
+    let tree = Tree { spot: whole.clone(), value: Value::Table(table(document.into_inner(), source, 0)), via: None };
     let diagnostics = errors.iter().filter_map(|error| syntax_error(error, &tree, &whole)).collect();
     (tree, diagnostics)
 }
@@ -280,8 +318,11 @@ pub fn parse_value(source: &Arc<Source>, from: usize) -> Result<Tree, Diagnostic
     let spot = source.spot(from, from + text.len());
     match DeValue::parse(text) {
         Ok(value) => Ok(convert(value, source, from)),
+        Err(_) if text.starts_with("${") && text.ends_with('}') => {
+            Ok(Tree { spot, value: Value::Text(text.to_owned()), via: None })
+        }
         Err(_) if !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || "_-./:".contains(c)) => {
-            Ok(Tree { spot, value: Value::Text(text.to_owned()) })
+            Ok(Tree { spot, value: Value::Text(text.to_owned()), via: None })
         }
         Err(error) => Err(Diagnostic::new(format!("this is not a TOML value: {}", error.message()))
             .at(&spot, "the value")
@@ -318,7 +359,7 @@ fn convert(value: Spanned<DeValue<'_>>, source: &Arc<Source>, offset: usize) -> 
         DeValue::Array(items) => Value::List(items.into_iter().map(|item| convert(item, source, offset)).collect()),
         DeValue::Table(entries) => Value::Table(table(entries, source, offset)),
     };
-    Tree { spot, value }
+    Tree { spot, value, via: None }
 }
 
 /// Turns a parser's error into ours; of a key that stands twice it names both lines.

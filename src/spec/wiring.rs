@@ -106,7 +106,7 @@ impl Nodes<'_> {
                 None => wires.is_whole = false,
             }
         }
-        for (at, axis) in table.over.iter().enumerate() {
+        for (at, axis) in table.axes.over.iter().enumerate() {
             let Some(name) = axis.key.strip_prefix(INPUT_PREFIX) else { continue };
             if wired.contains(&name) {
                 let message = format!("the port `{name}` of `{}` is wired twice", table.name);

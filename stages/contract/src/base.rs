@@ -26,7 +26,8 @@ pub enum WeightsLayout {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ImportSettings {
-    /// Folder, relative to the project's root.
+    /// Folder. A path in a file is relative to that file; here, as in every resolved path, to the project's root.
+    #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
     pub path: String,
     /// How the folder is laid out.
     pub layout: WeightsLayout,

@@ -31,8 +31,9 @@ pub struct CommandSettings {
     pub output_kind: ArtifactKind,
     /// JSON file in `{out}` whose numbers become the node's metrics; tables inside it name groups (`group/name`).
     pub metrics: Option<String>,
-    /// Files and folders outside the artifact store that the command reads, such as its scripts, relative to the
-    /// project's root. Their content is part of the fingerprint.
+    /// Files and folders outside the artifact store that the command reads, such as its scripts; in a file relative to
+    /// that file, here to the project's root. Their content is part of the fingerprint.
+    #[cfg_attr(feature = "schema", schemars(extend("items" = {"type": "string", "format": "path"})))]
     pub files: Vec<String>,
     /// Exit codes that count as success.
     pub success: Vec<i32>,

@@ -38,10 +38,13 @@ pub enum SourceSettings {
     /// JSON list of `image` and `annotation` paths; the caption is in a JSON file per image.
     CaptionList {
         /// JSON file, or a folder whose `*.json` are read in order of name.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         index: String,
         /// Folder that `image` is relative to; `/` takes absolute paths as they are.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         images: String,
         /// Folder that `annotation` is relative to.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         captions: String,
         /// Key of the caption in that file.
         caption_key: String,
@@ -49,15 +52,19 @@ pub enum SourceSettings {
     /// JSON list of `txt` and `image_path`.
     Blip3o {
         /// JSON file, or a folder whose `*.json` are read in order of name.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         index: String,
         /// Folder that `image_path` is relative to; `/` takes absolute paths as they are.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         images: String,
     },
     /// JSON list of `input_image` (an array), `output_image` and `instruction`.
     EditList {
         /// JSON file, or a folder whose `*.json` are read in order of name.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         index: String,
         /// Folder that the images are relative to; `/` takes absolute paths as they are.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         images: String,
         /// Reference images kept of a record: 1 in the release; 0 keeps all.
         max_references: usize,
@@ -65,6 +72,7 @@ pub enum SourceSettings {
     /// Uncompressed tar shards: files of one base name are a sample, an image and its caption in `.json` or `.txt`.
     Tar {
         /// A shard, a folder of shards, or a folder and a name with `*`, such as `sets/a/shard-*.tar`.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         shards: String,
         /// Key of the caption in the sample's `.json`.
         caption_key: String,
@@ -72,13 +80,16 @@ pub enum SourceSettings {
     /// JSON list of `image`, `question` and `answer`, for the base's vision-language model.
     QaList {
         /// JSON file, or a folder whose `*.json` are read in order of name.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         index: String,
         /// Folder that `image` is relative to; `/` takes absolute paths as they are.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         images: String,
     },
     /// Prompts without images, for RL.
     Prompts {
         /// `.txt` with a prompt a line, or `.jsonl` with `prompt` or else `caption`.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
     },
 }

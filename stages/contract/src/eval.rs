@@ -38,21 +38,25 @@ pub enum BenchmarkItems {
     /// GenEval's rows: one JSON object a line, with `tag`, `include` and `prompt`.
     GenevalJsonl {
         /// File.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
     },
     /// One prompt a line; blank lines count in the numbering and give no item.
     PromptsTxt {
         /// File.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
     },
     /// One prompt a file, `{id}.txt`, first line used (DPG-Bench).
     PromptsFolder {
         /// Folder.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
     },
     /// One JSON object a line.
     PromptsJsonl {
         /// File.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
         /// Key of the item's identity.
         id_key: String,
@@ -64,6 +68,7 @@ pub enum BenchmarkItems {
     /// Comma-separated values with a header row (UniGenBench).
     PromptsCsv {
         /// File.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
         /// Column of the item's identity.
         id_column: String,
@@ -75,8 +80,10 @@ pub enum BenchmarkItems {
     /// A JSON array, or an object keyed by identity, of editing items; image paths are relative to `images`.
     EditsJson {
         /// File.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
         /// Folder of the source images.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         images: String,
         /// Key of the instruction.
         instruction_key: String,

@@ -68,6 +68,7 @@ pub enum RewardSettings {
     /// A model that this version does not run, such as CLIP ViT-L/14 or PaddleOCR.
     External {
         /// Folder of its weights, relative to the project's root.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         path: String,
         /// Where it can be had.
         origin: String,

@@ -1,0 +1,53 @@
+//! The stage files that are built into the program: the defaults of a project without `stages/`.
+//!
+//! A file of the same name in a project's `stages/` stands in place of the one here. TOML only: weights are no defaults.
+
+/// Reads `stages/NAME.toml` of this repository for each name.
+macro_rules! stages {
+    ($($name:literal),* $(,)?) => {
+        &[$(($name, include_str!(concat!("../../stages/", $name, ".toml")))),*]
+    };
+}
+
+/// Stage files by name.
+pub const STAGES: &[(&str, &str)] = stages![
+    "assemble",
+    "base_dit",
+    "base_tokenizer",
+    "base_vae",
+    "base_vlm",
+    "command",
+    "generate",
+    "handoff",
+    "import",
+    "mix",
+    "mrgrpo",
+    "prepare",
+    "pretrain",
+    "score",
+    "sft",
+];
+
+/// Returns the text of a built-in stage file.
+pub fn stage(name: &str) -> Option<&'static str> {
+    STAGES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn every_stage_file_of_this_repository_is_built_in() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("stages");
+        let mut files: Vec<String> = std::fs::read_dir(folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|end| end == "toml"))
+            .map(|path| path.file_stem().unwrap().to_string_lossy().into_owned())
+            .collect();
+        files.sort();
+        assert_eq!(files, STAGES.iter().map(|(name, _)| *name).collect::<Vec<_>>(), "list it in embedded.rs");
+    }
+}
