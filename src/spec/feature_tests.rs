@@ -27,12 +27,12 @@ fn included_files_lie_below_the_file_and_their_paths_are_their_own() {
                 [node.a]\nset = { nominal_size = 7 }\n";
     let nodes =
         format!("[pipeline]\nname = \"below\"\nseed = 3\n[node.a]\nretries = 1\n{}", PROMPTS.replace("../p", "sets/p"));
-    let more = format!("include = \"deeper/b.toml\"\n[node.a]\nset = {{ nominal_size = 5, dedupe = true }}\n");
+    let more = "include = \"deeper/b.toml\"\n[node.a]\nset = { nominal_size = 5, dedupe = true }\n";
     let deeper = format!("[node.b]\n{PROMPTS}");
     let files = [
         ("pipelines/p.toml", main),
         ("parts/nodes.toml", &nodes),
-        ("parts/more.toml", &more),
+        ("parts/more.toml", more),
         ("parts/deeper/b.toml", &deeper),
     ];
     let resolved = resolved(&files, &Overrides::default());
@@ -117,14 +117,12 @@ fn references_that_lead_nowhere_or_in_circles_are_shown() {
 
 #[test]
 fn axes_advance_together_and_combinations_are_left_out() {
-    let text = format!(
-        "[pipeline]\nname = \"p\"\n[node.a]\nstage = \"prepare\"\nset = {{ source.kind = \"prompts\" }}\n\
-         over = {{ source.path = [\"x.txt\", \"y.txt\"], nominal_size = [1, 2], dedupe = [false, true] }}\n\
-         zip = [[\"source.path\", \"nominal_size\"]]\nexclude = [{{ source.path = \"y.txt\", dedupe = true }}]\n\
-         [node.b]\nstage = \"mix\"\ninputs = {{ a = \"a\" }}\nexclude = [{{ dedupe = true }}]\n\
-         [node.c]\nstage = \"mix\"\ninputs = {{ a = \"a[y.txt]\" }}\n"
-    );
-    let resolved = resolved(&[("pipelines/p.toml", &text)], &Overrides::default());
+    let text = "[pipeline]\nname = \"p\"\n[node.a]\nstage = \"prepare\"\nset = { source.kind = \"prompts\" }\n\
+         over = { source.path = [\"x.txt\", \"y.txt\"], nominal_size = [1, 2], dedupe = [false, true] }\n\
+         zip = [[\"source.path\", \"nominal_size\"]]\nexclude = [{ source.path = \"y.txt\", dedupe = true }]\n\
+         [node.b]\nstage = \"mix\"\ninputs = { a = \"a\" }\nexclude = [{ dedupe = true }]\n\
+         [node.c]\nstage = \"mix\"\ninputs = { a = \"a[y.txt]\" }\n";
+    let resolved = resolved(&[("pipelines/p.toml", text)], &Overrides::default());
     let expected =
         ["a[x.txt,false]", "a[x.txt,true]", "a[y.txt,false]", "b[x.txt,false]", "b[y.txt,false]", "c[false]"];
     assert_eq!(names(&resolved), expected);

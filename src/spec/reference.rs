@@ -106,12 +106,11 @@ pub fn substitute(tree: &mut Tree, scope: &Scope, problems: &mut Vec<Diagnostic>
     }
 }
 
+/// A value; nothing when there is none for a reason that is reported elsewhere.
+type Found = Result<Option<Tree>, Diagnostic>;
+
 /// Returns what pieces stand for, given the value of each reference.
-fn joined(
-    pieces: &[Piece],
-    spot: &Spot,
-    get: &mut dyn FnMut(&[String]) -> Result<Option<Tree>, Diagnostic>,
-) -> Result<Option<Tree>, Diagnostic> {
+fn joined(pieces: &[Piece], spot: &Spot, get: &mut dyn FnMut(&[String]) -> Found) -> Found {
     if let [Piece::Reference(keys)] = pieces {
         return Ok(get(keys)?.map(|tree| Tree { via: Some(Box::new(spot.clone())), ..tree }));
     }
@@ -249,14 +248,7 @@ impl<'a> References<'a> {
         found
     }
 
-    fn computed(
-        &mut self,
-        at: usize,
-        key: &str,
-        text: &str,
-        spot: &Spot,
-        stack: &mut Stack,
-    ) -> Result<Option<Tree>, Diagnostic> {
+    fn computed(&mut self, at: usize, key: &str, text: &str, spot: &Spot, stack: &mut Stack) -> Found {
         let wrong = |message: String| Diagnostic::new(message).at(spot, "here");
         let is_lenient = self.lenient.get(self.instances[at].table).copied().unwrap_or(false);
         let pieces = pieces(text, is_lenient).map_err(|message| {
@@ -287,13 +279,7 @@ impl<'a> References<'a> {
         problem.help("one of them must be a value")
     }
 
-    fn lookup(
-        &mut self,
-        at: usize,
-        keys: &[String],
-        spot: &Spot,
-        stack: &mut Stack,
-    ) -> Result<Option<Tree>, Diagnostic> {
+    fn lookup(&mut self, at: usize, keys: &[String], spot: &Spot, stack: &mut Stack) -> Found {
         if Scope::owns(keys) {
             return self.scope.get(keys, spot);
         }
@@ -348,14 +334,7 @@ impl<'a> References<'a> {
     }
 
     /// Returns the value at `keys` of an instance's settings, with its own references replaced.
-    fn below(
-        &mut self,
-        at: usize,
-        settings: &Tree,
-        keys: &[String],
-        spot: &Spot,
-        stack: &mut Stack,
-    ) -> Result<Option<Tree>, Diagnostic> {
+    fn below(&mut self, at: usize, settings: &Tree, keys: &[String], spot: &Spot, stack: &mut Stack) -> Found {
         let mut tree = settings;
         let mut key = String::new();
         let mut replaced;
