@@ -16,7 +16,7 @@ seed = 7
 [node.count]
 stage = "command"
 set.argv = ["sh", "{root}/data/count.sh", "{root}/data/words.txt", "{out}/count.txt"]
-set.files = ["data/count.sh", "data/words.txt"]
+set.files = ["../data/count.sh", "../data/words.txt"]
 set.outputs = ["count.txt"]
 
 [node.double]
