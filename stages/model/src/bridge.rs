@@ -12,6 +12,7 @@ use crate::Tensor;
 use crate::attention::attention;
 use crate::init::{Fill, Init};
 use crate::nn::{LayerNorm, Linear, gelu_tanh};
+use crate::probe::tap;
 
 /// Standard deviation of the feed-forward layers' fresh biases.
 const MLP_BIAS_STD: f64 = 1e-6;
@@ -187,12 +188,18 @@ impl Bridge {
     /// # Shapes
     /// - `stacked_bts`: `[batch, positions, stacked layers * decoder width]`
     pub fn forward(&self, stacked_bts: Tensor<3>) -> Condition {
+        tap(|| "bridge.stacked".into(), &stacked_bts);
         let mut x = self.projector_1.forward(stacked_bts);
-        for layer in &self.connector.layers {
+        tap(|| "bridge.projector_1".into(), &x);
+        for (i, layer) in self.connector.layers.iter().enumerate() {
             x = layer.forward(x);
+            tap(|| format!("bridge.layer.{i}"), &x);
         }
         let mean = x.clone().mean_dim(1).squeeze_dim(1);
-        Condition { pooled: self.projector_2.forward(mean), sequence: self.projector_3.forward(x) }
+        let condition = Condition { pooled: self.projector_2.forward(mean), sequence: self.projector_3.forward(x) };
+        tap(|| "bridge.pooled".into(), &condition.pooled);
+        tap(|| "bridge.sequence".into(), &condition.sequence);
+        condition
     }
 }
 

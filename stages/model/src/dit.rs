@@ -13,6 +13,7 @@ use crate::embed::{PatchEmbed, TimeTextEmbed, unpatchify};
 use crate::fused;
 use crate::init::Init;
 use crate::nn::{Linear, silu};
+use crate::probe::{self, tap};
 use crate::{BoolTensor, Tensor};
 
 /// Diffusion transformer: predicts a velocity for noisy latents.
@@ -48,9 +49,15 @@ pub struct Condition {
 impl Dit {
     /// Creates a DiT; `init` is the place of the whole model, so that names carry no prefix of their own.
     pub fn new(init: &Init, config: &DitConfig) -> Self {
+        let dual: Vec<usize> = (0..config.num_dual_attention_layers).collect();
+        Self::with_dual_attention(init, config, &dual)
+    }
+
+    /// Creates a DiT whose blocks `dual` carry the second attention, whatever `num_dual_attention_layers` says.
+    pub fn with_dual_attention(init: &Init, config: &DitConfig, dual: &[usize]) -> Self {
         let width = config.width();
         let patch = config.in_channels * config.patch_size * config.patch_size;
-        let block = |i| JointBlock::new(&init.at("transformer_blocks").at(i), config, i);
+        let block = |i| JointBlock::new(&init.at("transformer_blocks").at(i), config, i, dual.contains(&i));
         Self {
             pos_embed: PatchEmbed::new(&init.at("pos_embed"), config),
             time_text_embed: TimeTextEmbed::new(&init.at("time_text_embed"), config),
@@ -72,13 +79,20 @@ impl Dit {
     /// [b, c, h, w], references [b, c, h_r, w_r] -> [b, c, h, w]
     pub fn forward(&self, latents_bchw: Tensor<4>, condition: &Condition, references: &[Tensor<4>]) -> Tensor<4> {
         let [_, _, h, w] = latents_bchw.dims();
+        tap(|| "dit.latents".into(), &latents_bchw);
+        tap(|| "dit.timestep".into(), &condition.timestep_b);
+        for (place, reference) in references.iter().enumerate() {
+            tap(|| format!("dit.reference.{place}"), reference);
+        }
         let mut parts = vec![self.pos_embed.forward(latents_bchw)];
         parts.extend(references.iter().map(|reference| self.pos_embed.forward(reference.clone())));
         let x_bnd = if parts.len() == 1 { parts.remove(0) } else { Tensor::cat(parts, 1) };
         let (rows, columns) = (h / self.patch_size, w / self.patch_size);
         let (x_bnd, activated_bd) = self.run_blocks(x_bnd, condition, None);
         let tokens = self.output(x_bnd.narrow(1, 0, rows * columns), activated_bd);
-        unpatchify(tokens, rows, columns, self.patch_size)
+        let velocity = unpatchify(tokens, rows, columns, self.patch_size);
+        tap(|| "dit.velocity".into(), &velocity);
+        velocity
     }
 
     /// Predicts the velocity of any batch: each sample has its own target size and its own references.
@@ -95,6 +109,13 @@ impl Dit {
             let velocity = self.forward(Tensor::stack(latents.to_vec(), 0), condition, &stacked);
             return velocity.split(1, 0).into_iter().map(|sample| sample.squeeze_dim::<3>(0)).collect();
         }
+        tap(|| "dit.timestep".into(), &condition.timestep_b);
+        for (i, latent) in latents.iter().enumerate() {
+            tap(|| "dit.latents".into(), latent);
+            for (place, reference) in references.get(i).into_iter().flatten().enumerate() {
+                tap(|| format!("dit.reference.{place}"), reference);
+            }
+        }
         let embed = |latent: &Tensor<3>| self.pos_embed.forward(latent.clone().unsqueeze::<4>());
         let sequences: Vec<Tensor<3>> = latents
             .iter()
@@ -108,6 +129,10 @@ impl Dit {
         let n = lengths.iter().copied().max().unwrap_or(0);
         let padded = sequences.into_iter().map(|sequence| pad_right(sequence, n)).collect();
         let masks = build_masks(&lengths, n, condition.text_btc.dims()[1], &condition.text_btc.device());
+        if probe::is_on() {
+            // The first token is real: it may look at all real ones.
+            tap(|| "dit.token_mask".into(), &masks.image.clone().narrow(2, 0, 1).float());
+        }
         let (x_bnd, activated_bd) = self.run_blocks(Tensor::cat(padded, 0), condition, Some(&masks));
         let tokens = self.output(x_bnd, activated_bd);
         latents
@@ -117,7 +142,9 @@ impl Dit {
                 let [_, h, w] = latent.dims();
                 let (rows, columns) = (h / self.patch_size, w / self.patch_size);
                 let own = tokens.clone().narrow(0, i, 1).narrow(1, 0, rows * columns);
-                unpatchify(own, rows, columns, self.patch_size).squeeze_dim::<3>(0)
+                let velocity = unpatchify(own, rows, columns, self.patch_size).squeeze_dim::<3>(0);
+                tap(|| "dit.velocity".into(), &velocity);
+                velocity
             })
             .collect()
     }
@@ -125,11 +152,16 @@ impl Dit {
     /// Returns the image stream after the last block, and silu(temb).
     fn run_blocks(&self, x_bnd: Tensor<3>, condition: &Condition, masks: Option<&Masks>) -> (Tensor<3>, Tensor<2>) {
         let temb = self.time_text_embed.forward(condition.timestep_b.clone(), condition.pooled_bc.clone());
+        tap(|| "dit.tokens".into(), &x_bnd);
+        tap(|| "dit.temb".into(), &temb);
         let activated_bd = silu(temb);
         let mut x_bnd = x_bnd;
         let mut c_btd = self.context_embedder.forward(condition.text_btc.clone());
-        for block in &self.transformer_blocks {
+        tap(|| "dit.context".into(), &c_btd);
+        for (i, block) in self.transformer_blocks.iter().enumerate() {
             (x_bnd, c_btd) = block.forward(x_bnd, c_btd, activated_bd.clone(), masks);
+            tap(|| format!("dit.block.{i}.hidden"), &x_bnd);
+            tap(|| format!("dit.block.{i}.context"), &c_btd);
         }
         (x_bnd, activated_bd)
     }

@@ -197,11 +197,10 @@ pub struct JointBlock {
 }
 
 impl JointBlock {
-    /// Creates block `index` of a DiT.
-    pub fn new(init: &Init, config: &DitConfig, index: usize) -> Self {
+    /// Creates block `index` of a DiT, with or without the second attention.
+    pub fn new(init: &Init, config: &DitConfig, index: usize, is_dual: bool) -> Self {
         let (width, head_dim) = (config.width(), config.attention_head_dim);
         let is_last = index + 1 == config.num_layers;
-        let is_dual = index < config.num_dual_attention_layers;
         Self {
             norm1: Modulation::new(&init.at("norm1"), width, if is_dual { 9 } else { 6 }),
             norm1_context: Modulation::new(&init.at("norm1_context"), width, if is_last { 2 } else { 6 }),

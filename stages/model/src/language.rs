@@ -70,39 +70,66 @@ pub struct LanguageModel {
     config: LanguageConfig,
 }
 
+/// Keys and values of one layer, rotated already, `[b, h, positions, d]`.
+#[derive(Debug, Clone, Default)]
+struct KeysValues(Option<(Tensor<4>, Tensor<4>)>);
+
+impl KeysValues {
+    fn append(&mut self, k: Tensor<4>, v: Tensor<4>) -> (Tensor<4>, Tensor<4>) {
+        let both = match self.0.take() {
+            Some((past_k, past_v)) => (Tensor::cat(vec![past_k, k], 2), Tensor::cat(vec![past_v, v], 2)),
+            None => (k, v),
+        };
+        self.0.insert(both).clone()
+    }
+}
+
+/// What the decoder remembers of the positions it has read: makes the next token cost one position, not all.
+#[derive(Debug, Clone, Default)]
+pub struct KvCache {
+    layers: Vec<KeysValues>,
+    is_real: Vec<Vec<bool>>,
+}
+
 /// What every layer of one forward pass shares.
 struct Context {
     rotary: Rotary,
     /// True where a query may look at a key. A padded query sees nothing, and attention gives it zeros.
-    mask_b1ll: BoolTensor<4>,
+    mask_b1ls: BoolTensor<4>,
 }
 
 impl Context {
     fn new(positions: &PositionIds, is_real: &[Vec<bool>], config: &LanguageConfig, device: &Device) -> Self {
-        let l = is_real.first().map_or(0, Vec::len);
+        let s = is_real.first().map_or(0, Vec::len);
+        let l = positions.axis[0].first().map_or(0, Vec::len);
         let has_padding = is_real.iter().flatten().any(|real| !real);
         // Without padding all rows are alike, and one mask serves them all.
         let rows = if has_padding { is_real } else { &is_real[..is_real.len().min(1)] };
-        let mut mask = Vec::with_capacity(rows.len() * l * l);
+        let mut mask = Vec::with_capacity(rows.len() * l * s);
         for row in rows {
-            for query in 0..l {
-                mask.extend((0..l).map(|key| row[query] && row[key] && key <= query));
+            for query in s - l..s {
+                mask.extend((0..s).map(|key| row[query] && row[key] && key <= query));
             }
         }
-        let mask_b1ll = BoolTensor::from_data(TensorData::new(mask, [rows.len(), 1, l, l]), device);
-        Self { rotary: Rotary::text(positions, config, device), mask_b1ll }
+        let mask_b1ls = BoolTensor::from_data(TensorData::new(mask, [rows.len(), 1, l, s]), device);
+        Self { rotary: Rotary::text(positions, config, device), mask_b1ls }
     }
 }
 
 impl SelfAttention {
-    fn forward(&self, x_bld: Tensor<3>, context: &Context) -> Tensor<3> {
+    /// `past` holds the keys and values of the positions before, and gets those of `x_bld` appended.
+    fn forward(&self, x_bld: Tensor<3>, context: &Context, past: Option<&mut KeysValues>) -> Tensor<3> {
         let [b, l, width] = x_bld.dims();
         let d = width / self.num_heads;
         let heads = |x: Tensor<3>, num: usize| -> Tensor<4> { x.reshape([b, l, num, d]).swap_dims(1, 2) };
         let q = context.rotary.apply(heads(self.q_proj.forward(x_bld.clone()), self.num_heads));
         let k = context.rotary.apply(heads(self.k_proj.forward(x_bld.clone()), self.num_key_value_heads));
         let v = heads(self.v_proj.forward(x_bld), self.num_key_value_heads);
-        let out = attention(q, k, v, Some(context.mask_b1ll.clone()));
+        let (k, v) = match past {
+            Some(past) => past.append(k, v),
+            None => (k, v),
+        };
+        let out = attention(q, k, v, Some(context.mask_b1ls.clone()));
         self.o_proj.forward(out.swap_dims(1, 2).reshape([b, l, width]))
     }
 }
@@ -139,8 +166,8 @@ impl DecoderLayer {
         }
     }
 
-    fn forward(&self, x: Tensor<3>, context: &Context) -> Tensor<3> {
-        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), context);
+    fn forward(&self, x: Tensor<3>, context: &Context, past: Option<&mut KeysValues>) -> Tensor<3> {
+        let x = x.clone() + self.self_attn.forward(self.input_layernorm.forward(x), context, past);
         x.clone() + self.mlp.forward(self.post_attention_layernorm.forward(x))
     }
 }
@@ -187,13 +214,36 @@ impl LanguageModel {
         let mut x = embeds_bld;
         keep(0, &x);
         for (i, layer) in self.layers.iter().take(last).enumerate() {
-            x = layer.forward(x, &context);
+            x = layer.forward(x, &context, None);
             if i + 1 == self.layers.len() {
                 x = self.norm.forward(x);
             }
             keep(i + 1, &x);
         }
         states.into_iter().flatten().collect()
+    }
+
+    /// Reads on after the positions that `cache` holds, appends the new ones to it, and returns their normalised last
+    /// states.
+    ///
+    /// # Shapes
+    /// - `embeds_bld`: `[batch, new positions, hidden]`, returned with the same shape
+    /// - `is_real`: batch x new positions, false on padding
+    pub fn read_on(
+        &self,
+        embeds_bld: Tensor<3>,
+        positions: &PositionIds,
+        is_real: &[Vec<bool>],
+        cache: &mut KvCache,
+    ) -> Tensor<3> {
+        cache.is_real.resize(is_real.len(), Vec::new());
+        for (all, new) in cache.is_real.iter_mut().zip(is_real) {
+            all.extend(new);
+        }
+        cache.layers.resize_with(self.layers.len(), KeysValues::default);
+        let context = Context::new(positions, &cache.is_real, &self.config, &embeds_bld.device());
+        let layers = self.layers.iter().zip(&mut cache.layers);
+        self.norm.forward(layers.fold(embeds_bld, |x, (layer, past)| layer.forward(x, &context, Some(past))))
     }
 
     /// Returns the logits of normalised last states, through the tied embedding.

@@ -8,6 +8,7 @@ pub mod bridge;
 pub mod conditioner;
 #[cfg(feature = "flex")]
 mod cpu;
+pub mod decode;
 pub mod deepgen;
 pub mod dit;
 pub mod dit_block;
@@ -19,6 +20,7 @@ pub mod language;
 pub mod lora;
 pub mod nn;
 pub mod parts;
+pub mod probe;
 pub mod random;
 pub mod rope;
 pub mod sampler;

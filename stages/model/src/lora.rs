@@ -1,8 +1,8 @@
 //! Low-rank adapters on the vision-language model: attach, merge, save and load under PEFT's names
 //! (docs/spec/model.md sections 6, 9.4).
 //!
-//! Knows no training: which adapters learn is decided by `trainable`. Departure from the reference: the tied language
-//! head gets no adapter of its own (the reference's never runs and merging it would change the embedding).
+//! Knows no training: which adapters learn is decided by `trainable`. Departure from the reference: a tied language head
+//! gets no adapter of its own (the reference's never runs and merging it would change the embedding); one of its own does.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::Tensor;
 use crate::init::{Fill, Init};
 use crate::nn::{EmbeddingLora, Linear, LoraAdapter};
 use crate::parts::tensors_where;
-use crate::vlm::{Vlm, hub_name, is_adapter};
+use crate::vlm::{Vlm, hub_name, is_adapter, is_head};
 use crate::weights::{self, Mismatch, StoredType, WeightFile, WeightsError, for_each_param, map_params};
 
 /// What PEFT puts before every name in an adapter file.
@@ -108,6 +108,9 @@ fn linears(vlm: &mut Vlm, targets: LoraTargets) -> Vec<(String, &mut Linear)> {
     let merger = &mut vlm.visual.merger.mlp;
     found.push(("visual.merger.mlp.0".into(), &mut merger.0));
     found.push(("visual.merger.mlp.2".into(), &mut merger.2));
+    if let Some(head) = &mut vlm.lm_head {
+        found.push(("lm_head".into(), head));
+    }
     found
 }
 
@@ -116,6 +119,7 @@ fn adapter_file_name(name: &str) -> String {
     let name = name.replace(".default", "");
     let module = match name.strip_prefix("model.") {
         Some(rest) => format!("model.language_model.{rest}"),
+        None if is_head(&name) => name,
         None => format!("model.{name}"),
     };
     format!("{ADAPTER_FILE_PREFIX}{module}")
@@ -138,7 +142,10 @@ pub fn save(vlm: &Vlm, path: &Path, dtype: StoredType) -> Result<(), WeightsErro
 /// # Errors
 /// When an attached adapter is missing, or the file holds one that is not attached or has another rank.
 pub fn load(vlm: Vlm, file: &WeightFile) -> Result<Vlm, WeightsError> {
-    let file = file.clone().rename(|name| hub_name(name).filter(|name| is_adapter(name)));
+    let has_head = vlm.lm_head.is_some();
+    let file = file
+        .clone()
+        .rename(|name| Some(hub_name(name)).filter(|name| is_adapter(name) && (has_head || !is_head(name))));
     let mut mismatch = Mismatch::default();
     let mut attached = Vec::new();
     for_each_param(&vlm, |name, param| {

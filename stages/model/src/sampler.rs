@@ -31,6 +31,35 @@ pub fn sigmas(steps: usize, shift: f64) -> Vec<f32> {
     levels.chain(std::iter::once(0.0)).collect()
 }
 
+/// How a schedule with dynamic shifting moves its noise levels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TimeShift {
+    /// By e to the power of mu.
+    Exponential,
+    /// By mu itself.
+    Linear,
+}
+
+/// Returns mu of dynamic shifting for an image of `num_tokens`: linear between two lengths, and beyond them.
+pub fn dynamic_mu(num_tokens: usize, [short, long]: [f64; 2], [low, high]: [f64; 2]) -> f64 {
+    let slope = (high - low) / (long - short);
+    num_tokens as f64 * slope + low - slope * short
+}
+
+/// Returns the noise levels of a run with dynamic shifting: `steps + 1` values.
+///
+/// Unlike in [`sigmas`] the lower end of the grid is not shifted beforehand.
+pub fn shifted_sigmas(steps: usize, kind: TimeShift, mu: f64) -> Vec<f32> {
+    let low = 1.0 / NUM_TRAIN_TIMESTEPS as f64;
+    let grid = |j: usize| if steps == 1 { 1.0 } else { 1.0 + (low - 1.0) * j as f64 / (steps - 1) as f64 };
+    let strength = match kind {
+        TimeShift::Exponential => mu.exp(),
+        TimeShift::Linear => mu,
+    };
+    let levels = (0..steps).map(|j| (strength / (strength + (1.0 / grid(j) - 1.0))) as f32);
+    levels.chain(std::iter::once(0.0)).collect()
+}
+
 /// Follows `field` from `noise` at the first level to the last one, in Euler steps.
 ///
 /// The state is raised to f32 for each addition and rounded back to the noise's type.

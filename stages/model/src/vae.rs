@@ -232,9 +232,14 @@ pub struct Posterior {
 }
 
 impl Posterior {
+    /// Returns the standard deviation [b, z, h, w].
+    pub fn std(&self) -> Tensor<4> {
+        self.logvar.clone().mul_scalar(0.5).exp()
+    }
+
     /// Returns mean + std * noise.
     pub fn sample(&self, noise: Tensor<4>) -> Tensor<4> {
-        self.mean.clone() + self.logvar.clone().mul_scalar(0.5).exp() * noise
+        self.mean.clone() + self.std() * noise
     }
 
     /// Returns the divergence from N(0, 1), summed over each latent.

@@ -17,6 +17,7 @@ use crate::fused;
 use crate::init::{Fill, Init};
 use crate::language::INIT_STD;
 use crate::nn::{Linear, RmsNorm, gelu_erf, silu};
+use crate::probe::tap;
 use crate::rope::{Grid, Rotary};
 use crate::{Device, IntTensor, Tensor};
 
@@ -240,6 +241,16 @@ impl VisionTower {
         Grid { rows: side(height), columns: side(width) }
     }
 
+    /// Returns the raster index of the cell at each place of the order in which [`VisionTower::forward`] works.
+    pub fn working_order(&self, grid: Grid) -> Vec<usize> {
+        WindowPlan::new(grid, self.window_cells()).order
+    }
+
+    /// Returns the side of an attention window in merged cells.
+    pub fn window_cells(&self) -> usize {
+        self.config.window_size / self.config.spatial_merge_size / self.config.patch_size
+    }
+
     /// Encodes images `[3, height, width]` in [-1, 1], each to `[tokens, width of the decoder]`.
     ///
     /// Images of equal size share one batch; the results are in the order of the images.
@@ -319,12 +330,13 @@ impl VisionTower {
         let [n, p, k] = patches_npk.dims();
         let merge = self.config.spatial_merge_size;
         let per_cell = merge * merge;
-        let plan = WindowPlan::new(grid, self.config.window_size / merge / self.config.patch_size);
+        let plan = WindowPlan::new(grid, self.window_cells());
         let by_cell = patches_npk.reshape([n, p / per_cell, per_cell * k]);
         let permuted = by_cell.select(1, indices(&plan.order, &device)).reshape([n, p, k]);
         let h = self.config.hidden_size;
         let kernel: Tensor<2> = self.patch_embed.proj.weight.val().reshape([h, k]);
         let mut x = fused::linear(permuted, kernel, None);
+        tap(|| "vision.patch_embed".into(), &x);
 
         let places: Vec<(usize, usize)> = plan
             .order
@@ -341,8 +353,10 @@ impl VisionTower {
             let runs = if self.config.fullatt_block_indexes.contains(&i) { &full[..] } else { &windowed[..] };
             x = x.clone() + block.attn.forward(block.norm1.forward(x), &rotary, runs);
             x = x.clone() + block.mlp.forward(block.norm2.forward(x));
+            tap(|| format!("vision.block.{i}"), &x);
         }
         let cells = self.merger.forward(x, per_cell);
+        tap(|| "vision.merger".into(), &cells);
         cells.select(1, indices(&plan.inverse(), &device))
     }
 }

@@ -8,11 +8,12 @@
 use burn::module::Module;
 use burn::tensor::TensorData;
 use burn::tensor::activation::log_softmax;
-use deepgen_contract::model::{Padding, SpecialTokens, VlmConfig};
+use deepgen_contract::model::{LanguageConfig, Padding, SpecialTokens, VlmConfig};
 
-use crate::init::Init;
-use crate::language::LanguageModel;
-use crate::nn::{to_dtype, to_f32};
+use crate::init::{Fill, Init};
+use crate::language::{INIT_STD, LanguageModel};
+use crate::nn::{Linear, to_dtype, to_f32};
+use crate::probe::tap;
 use crate::rope::{Grid, PositionIds, RopeError};
 use crate::vision::VisionTower;
 use crate::weights::{WeightFile, WeightsError, load_into};
@@ -152,6 +153,8 @@ pub struct Vlm {
     pub visual: VisionTower,
     /// Text decoder.
     pub model: LanguageModel,
+    /// Language head of its own; absent when the embedding is the head, as in the release.
+    pub lm_head: Option<Linear>,
     #[module(skip)]
     config: VlmConfig,
 }
@@ -162,16 +165,29 @@ impl Vlm {
         Self {
             visual: VisionTower::new(&init.at("visual"), &config.vision),
             model: LanguageModel::new(&init.at("model"), &config.language),
+            lm_head: None,
             config: config.clone(),
         }
     }
 
-    /// Loads base weights in any of the spellings of [`hub_name`]; adapters and the tied head in `file` are passed over.
+    /// Gives the model a language head of its own, with fresh weights.
+    pub fn with_own_head(mut self) -> Self {
+        let LanguageConfig { vocab_size, hidden_size, .. } = self.config.language;
+        let init = Init::new(0, &self.device()).at("lm_head");
+        self.lm_head = Some(Linear::new(&init, hidden_size, vocab_size, Fill::Normal(INIT_STD), None));
+        self
+    }
+
+    /// Loads base weights in any of the spellings of [`hub_name`]; adapters in `file` are passed over, and so is its head
+    /// where the model has none of its own.
     ///
     /// # Errors
     /// When a tensor is missing, unknown or of another shape.
     pub fn load(self, file: &WeightFile) -> Result<Self, WeightsError> {
-        let file = file.clone().rename(|name| hub_name(name).filter(|name| !is_adapter(name)));
+        let has_head = self.lm_head.is_some();
+        let file = file.clone().rename(|name| {
+            Some(hub_name(name)).filter(|name| !is_adapter(name) && (has_head || !is_head(name)))
+        });
         load_into(self, &file, "")
     }
 
@@ -211,7 +227,9 @@ impl Vlm {
         let images: Vec<Tensor<3>> = batch.images.iter().flatten().cloned().collect();
         let vision = self.visual.encode(&images);
         let vision = if reading.is_vision_trained { vision } else { vision.into_iter().map(Tensor::detach).collect() };
-        Ok((self.assemble(&layout, vision, reading.queries.clone()), layout))
+        let embeds = self.assemble(&layout, vision, reading.queries.clone());
+        tap(|| "vlm.inputs_embeds".into(), &embeds);
+        Ok((embeds, layout))
     }
 
     /// Returns the decoder's input `[b, t, d]` for a layout, the rows of its images in order, and its queries.
@@ -292,7 +310,7 @@ impl Vlm {
         }
         let num = places.len();
         let predictors = state.select(0, IntTensor::from_data(TensorData::new(places, [num]), &device));
-        let logits: Tensor<2> = self.model.logits(predictors.unsqueeze::<3>()).squeeze_dim(0);
+        let logits: Tensor<2> = self.logits(predictors.unsqueeze::<3>()).squeeze_dim(0);
         let log_probabilities = log_softmax(to_f32(logits), 1);
         let picked = log_probabilities.gather(1, IntTensor::from_data(TensorData::new(targets, [num, 1]), &device));
         Ok(picked.mean().neg())
@@ -313,7 +331,18 @@ impl Vlm {
         };
         let state = self.hidden_states(batch, &reading)?.remove(0);
         let [_, l, _] = state.dims();
-        Ok(self.model.logits(state.narrow(1, l - 1, 1)).squeeze_dim(1))
+        Ok(self.logits(state.narrow(1, l - 1, 1)).squeeze_dim(1))
+    }
+
+    /// Returns the logits of normalised last states, through the model's own head or the tied embedding.
+    ///
+    /// # Shapes
+    /// - `hidden_bld`: `[b, l, d]`; returned `[b, l, vocab]`
+    pub fn logits(&self, hidden_bld: Tensor<3>) -> Tensor<3> {
+        match &self.lm_head {
+            Some(head) => head.forward(hidden_bld),
+            None => self.model.logits(hidden_bld),
+        }
     }
 }
 
@@ -323,8 +352,7 @@ const WRAPPERS: [&str; 3] = ["base_model.model.", "module.", "lmm."];
 const SPELLINGS: [(&str, &str); 3] =
     [("model.visual.", "visual."), ("model.language_model.", "model."), ("language_model.model.", "model.")];
 
-/// Returns the hub spelling of a tensor name in any known spelling, adapters included; `None` for the language head,
-/// which is the embedding.
+/// Returns the hub spelling of a tensor name in any known spelling, adapters included.
 ///
 /// | found in | example |
 /// |---|---|
@@ -332,25 +360,27 @@ const SPELLINGS: [(&str, &str); 3] =
 /// | newer libraries | `model.language_model.layers.0...`, `model.visual.blocks.0...` |
 /// | whole-model checkpoints | `lmm.` before either; `.base_layer.` where an adapter sits |
 /// | adapter files | `base_model.model.` before either; no `.default` |
-pub fn hub_name(name: &str) -> Option<String> {
+pub fn hub_name(name: &str) -> String {
     let mut name = name;
     for wrapper in WRAPPERS {
         name = name.strip_prefix(wrapper).unwrap_or(name);
-    }
-    if name.starts_with("lm_head.") {
-        return None;
     }
     let spelled = SPELLINGS.iter().find_map(|(theirs, ours)| Some(format!("{ours}{}", name.strip_prefix(theirs)?)));
     let name = spelled.unwrap_or_else(|| name.into()).replace(".base_layer.", ".");
     for kind in ["A", "B"] {
         if let Some(layer) = name.strip_suffix(&format!(".lora_{kind}.weight")) {
-            return Some(format!("{layer}.lora_{kind}.default.weight"));
+            return format!("{layer}.lora_{kind}.default.weight");
         }
         if let Some(layer) = name.strip_suffix(&format!(".lora_embedding_{kind}")) {
-            return Some(format!("{layer}.lora_embedding_{kind}.default"));
+            return format!("{layer}.lora_embedding_{kind}.default");
         }
     }
-    Some(name)
+    name
+}
+
+/// Returns whether a parameter name, in the hub's spelling, belongs to a language head of its own.
+pub fn is_head(name: &str) -> bool {
+    name.starts_with("lm_head.")
 }
 
 /// Returns whether a parameter name is an adapter's.
@@ -363,7 +393,7 @@ mod tests {
     use super::*;
     use crate::random::noise;
     use crate::weights::for_each_param;
-    use deepgen_contract::model::{LanguageConfig, VisionConfig};
+    use deepgen_contract::model::VisionConfig;
 
     const TOKENS: SpecialTokens = SpecialTokens { pad: 3, vision_start: 7, vision_end: 8, image_pad: 9, video_pad: 10 };
 
@@ -412,9 +442,9 @@ mod tests {
                 "model.embed_tokens.lora_embedding_B.default".into(),
             ),
         ] {
-            assert_eq!(hub_name(theirs), Some(ours));
+            assert_eq!(hub_name(theirs), ours);
         }
-        assert_eq!(hub_name("lm_head.weight"), None);
+        assert_eq!(hub_name("lmm.lm_head.base_layer.weight"), "lm_head.weight");
     }
 
     /// The shapes world's proportions: 32-pixel images are 4 x 4 tokens in four windows.

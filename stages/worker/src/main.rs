@@ -1,4 +1,5 @@
 //! `deepgen-worker JOB_DIR`: runs one job directory to its outcome. `deepgen-worker hash DIR`: prints a folder's blake3.
+//! `deepgen-worker parity DIR`: compares with the tensors of the reference implementations.
 //!
 //! The one binary with Burn in it; knows no pipeline. The orchestrator starts it, and so can a person with a shell.
 
@@ -23,6 +24,7 @@ mod model_folder;
 mod objective;
 mod optimize;
 mod padded_ids;
+mod parity;
 mod rewards;
 mod rollout;
 mod sampling;
@@ -45,10 +47,11 @@ fn main() -> ExitCode {
         .init();
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.as_slice() {
+        [verb, rest @ ..] if verb == "parity" => return parity::run(rest),
         [verb, folder] if verb == "hash" => print_hash(Path::new(folder)),
         [folder] => run_job(Path::new(folder)),
         _ => {
-            eprintln!("{USAGE}");
+            eprintln!("{USAGE}\n       {}", parity::USAGE);
             return ExitCode::from(2);
         }
     };

@@ -36,6 +36,11 @@ impl GradientSum {
         });
     }
 
+    /// Returns the gradient of a parameter as a vector.
+    pub fn get(&self, name: &str) -> Option<Tensor<1>> {
+        self.by_name.get(name).cloned()
+    }
+
     /// Returns true when nothing was added.
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
