@@ -101,6 +101,13 @@ pub enum Schedule {
         /// Share of the steps that decays.
         decay_share: f64,
     },
+    /// Linear over the first steps, then a half cosine to zero: the usual schedule of the Hugging Face libraries.
+    HalfCosine {
+        /// Steps that warm up.
+        warmup_steps: u64,
+        /// The first step has rate zero (`k / steps`); else `1 / steps` of the peak.
+        starts_at_zero: bool,
+    },
     /// `k / steps` of the peak for the first updates, then constant.
     WarmupConstant {
         /// Updates that warm up.

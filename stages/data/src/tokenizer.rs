@@ -153,6 +153,19 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|error| TokenizerError::Library(error.to_string()))
     }
 
+    /// Returns the text of `ids`, special tokens written out.
+    ///
+    /// # Errors
+    /// When the library refuses the ids.
+    pub fn decode_with_special(&self, ids: &[u32]) -> Result<String, TokenizerError> {
+        self.inner.decode(ids, false).map_err(|error| TokenizerError::Library(error.to_string()))
+    }
+
+    /// Returns the token of an id, bytes spelt as the vocabulary spells them.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
     /// Returns the id of a token.
     ///
     /// # Errors

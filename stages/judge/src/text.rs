@@ -67,6 +67,12 @@ pub fn quoted(prompt: &str) -> Vec<&str> {
 }
 
 impl TextScoring {
+    /// Returns the reward of an image of which a reader is more or less sure: pieces below `min_confidence` do not count.
+    pub fn reward_of_pieces(&self, prompt: &str, pieces: &[(String, f64)], min_confidence: f64) -> f32 {
+        let sure = pieces.iter().filter(|(text, confidence)| *confidence >= min_confidence && !text.is_empty());
+        self.reward(prompt, &sure.map(|(text, _)| text.clone()).collect::<Vec<_>>())
+    }
+
     /// Returns the form in which texts are compared.
     pub fn normalise(&self, text: &str) -> String {
         let kept = text.chars().filter(|c| !c.is_whitespace());
@@ -101,6 +107,23 @@ impl TextScoring {
         }
         if total == 0.0 { 0.0 } else { (kept / total) as f32 }
     }
+}
+
+/// Returns the reward of the released service's default scorer, which looks at one text only: that between the prompt's
+/// first two double quotes, spaces dropped and capitals made small (docs/spec/rewards.md section 5.3).
+///
+/// Nothing comes back for a prompt without a quoted text: the service fails there, and takes the whole batch with it.
+pub fn single_segment_reward(prompt: &str, pieces: &[(String, f64)]) -> Option<f32> {
+    let target = prompt.split('"').nth(1)?;
+    let plain = |text: &str| text.replace(' ', "").to_lowercase();
+    let (target, found) = (plain(target), pieces.iter().filter(|(_, confidence)| *confidence > 0.0));
+    let found = plain(&found.map(|(text, _)| text.as_str()).collect::<String>());
+    let length = target.chars().count();
+    if length == 0 {
+        return None;
+    }
+    let distance = if found.contains(&target) { 0 } else { edit_distance(&found, &target).min(length) };
+    Some(1.0 - distance as f32 / length as f32)
 }
 
 fn fold(text: &str) -> String {
@@ -146,6 +169,22 @@ mod tests {
         assert_eq!(reward(r#""go" and "go""#, &["zz", "go"]), 1.0);
         assert_eq!(reward(r#""abcd""#, &["a", "b", "c", "d"]), 1.0);
         assert_eq!(reward(r#""abcd""#, &["x", "a", "b", "c", "d"]), 0.75);
+    }
+
+    #[test]
+    fn the_single_segment_scorer_accepts_a_substring_and_needs_quotes() {
+        let pieces = [("XX".to_owned(), 0.2), ("lost".to_owned(), 0.0)];
+        assert_eq!(single_segment_reward(r#"Text "x""#, &pieces), Some(1.0));
+        assert_eq!(single_segment_reward(r#"Text "lost""#, &pieces), Some(0.0));
+        assert_eq!(single_segment_reward("no text", &pieces), None);
+    }
+
+    #[test]
+    fn unsure_pieces_do_not_count() {
+        let pieces = [("go".to_owned(), 0.4)];
+        let scoring = TextScoring::default();
+        assert_eq!(scoring.reward_of_pieces(r#""go""#, &pieces, 0.4), 1.0);
+        assert_eq!(scoring.reward_of_pieces(r#""go""#, &pieces, 0.5), 0.0);
     }
 
     #[test]

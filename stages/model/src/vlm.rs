@@ -185,9 +185,9 @@ impl Vlm {
     /// When a tensor is missing, unknown or of another shape.
     pub fn load(self, file: &WeightFile) -> Result<Self, WeightsError> {
         let has_head = self.lm_head.is_some();
-        let file = file.clone().rename(|name| {
-            Some(hub_name(name)).filter(|name| !is_adapter(name) && (has_head || !is_head(name)))
-        });
+        let file = file
+            .clone()
+            .rename(|name| Some(hub_name(name)).filter(|name| !is_adapter(name) && (has_head || !is_head(name))));
         load_into(self, &file, "")
     }
 

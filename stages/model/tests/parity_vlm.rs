@@ -394,7 +394,8 @@ fn adapters_load_from_peft_and_merge_as_peft_merges() {
     }
 
     let merged = lora::merge(adapted);
-    let expected = case.file("merged.safetensors").rename(|name| Some(hub_name(name)).filter(|name| name != "lm_head.weight"));
+    let expected =
+        case.file("merged.safetensors").rename(|name| Some(hub_name(name)).filter(|name| name != "lm_head.weight"));
     let mut num_checked = 0;
     for_each_param(&merged, |name, param| {
         if expected.shape(name).is_some() {

@@ -3,7 +3,7 @@
 //!
 //! Knows the model and a batch, no optimiser.
 
-use burn::tensor::FloatDType;
+use burn::tensor::{FloatDType, TensorData};
 use deepgen_contract::train::FloatKind;
 use deepgen_data::batch::Batch;
 use deepgen_data::resize::Pixels;
@@ -24,10 +24,69 @@ pub struct FlowStep {
     pub table: TrainingTable,
     /// Rounding of a noise level before mixing.
     pub sigma_dtype: FloatKind,
-    /// Seed of every draw.
-    pub seed: u64,
+    /// Where every draw comes from.
+    pub draws: Draws,
     /// Where the loss is computed; with autodiff in training.
     pub device: Device,
+}
+
+/// Where the random numbers of a loss come from.
+pub enum Draws {
+    /// Streams of a seed, one for each name.
+    Seeded(u64),
+    /// Numbers that were drawn before, for a single loss: comparisons with a reference state them.
+    Recorded(Recorded),
+}
+
+/// The random numbers of one loss, sample by sample.
+pub struct Recorded {
+    /// Uniform numbers that pick the noise levels.
+    pub uniforms: Vec<f64>,
+    /// Noise that each clean latent is mixed with.
+    pub noise: Vec<Vec<f32>>,
+    /// Noise of the posterior of each target image.
+    pub targets: Vec<Vec<f32>>,
+    /// Noise of the posterior of each reference of each sample.
+    pub references: Vec<Vec<Vec<f32>>>,
+}
+
+/// What normal numbers are for.
+#[derive(Debug, Clone, Copy)]
+enum Purpose {
+    Noise,
+    Target,
+    /// The reference at this place.
+    Reference(usize),
+}
+
+impl Draws {
+    fn uniforms(&self, name: &str, count: usize) -> Vec<f64> {
+        match self {
+            Self::Seeded(seed) => {
+                let mut stream = Stream::new(*seed, name);
+                (0..count).map(|_| stream.unit()).collect()
+            }
+            Self::Recorded(recorded) => recorded.uniforms.clone(),
+        }
+    }
+
+    /// Returns normal numbers of `shape`, the first axis being the samples from `first` on.
+    fn normals(&self, name: &str, purpose: Purpose, first: usize, shape: [usize; 4], device: &Device) -> Tensor<4> {
+        match self {
+            Self::Seeded(seed) => noise(*seed, name, shape, device),
+            Self::Recorded(recorded) => {
+                let rows = first..first + shape[0];
+                let values: Vec<f32> = match purpose {
+                    Purpose::Noise => recorded.noise[rows].concat(),
+                    Purpose::Target => recorded.targets[rows].concat(),
+                    Purpose::Reference(place) => {
+                        recorded.references[rows].iter().flat_map(|own| own[place].iter().copied()).collect()
+                    }
+                };
+                Tensor::from_data(TensorData::new(values, shape), device)
+            }
+        }
+    }
 }
 
 /// How noise levels are chosen.
@@ -75,9 +134,11 @@ impl FlowStep {
         sigmas: &Sigmas,
     ) -> JobResult<Tensor<1>> {
         let count = batch.images.len();
-        let mut draws = Stream::new(self.seed, &format!("sigma/{stream}"));
         let levels: Vec<f32> = match sigmas {
-            Sigmas::Drawn => (0..count).map(|_| self.table.sigma(draws.unit())).collect(),
+            Sigmas::Drawn => {
+                let draws = self.draws.uniforms(&format!("sigma/{stream}"), count);
+                draws.into_iter().map(|u| self.table.sigma(u)).collect()
+            }
             Sigmas::Fixed(sigma) => vec![*sigma; count],
         };
         let sigma_dtype = match self.sigma_dtype {
@@ -93,39 +154,46 @@ impl FlowStep {
             && columns.iter().all(|column| have_one_size(column));
         if is_uniform {
             // One size: everything in a few large operations.
-            let clean = self.encode(model, stack(&batch.images, &self.device)?, &format!("target/{stream}"));
+            let pixels = stack(&batch.images, &self.device)?;
+            let clean = self.encode(model, pixels, &format!("target/{stream}"), (Purpose::Target, 0));
             let mut references = Vec::new();
             for (i, column) in columns.iter().enumerate() {
                 let pixels = stack(column, &self.device)?;
-                references.push(self.encode(model, pixels, &format!("reference-{i}/{stream}")));
+                let name = format!("reference-{i}/{stream}");
+                references.push(self.encode(model, pixels, &name, (Purpose::Reference(i), 0)));
             }
-            let eps = noise(self.seed, &format!("noise/{stream}"), clean.dims(), &self.device);
+            let eps = self.draws.normals(&format!("noise/{stream}"), Purpose::Noise, 0, clean.dims(), &self.device);
             let noisy = add_noise(clean, eps, &levels, sigma_dtype);
             let velocity = model.velocity(noisy.latents, noisy.timestep_b, condition, &references);
             return Ok(loss(velocity, noisy.target));
         }
-        let one = |image: &Pixels, name: String| -> Tensor<3> {
-            self.encode(model, tensor(image, &self.device).unsqueeze::<4>(), &name).squeeze_dim::<3>(0)
+        let one = |image: &Pixels, name: String, purpose: Purpose, sample: usize| -> Tensor<3> {
+            let pixels = tensor(image, &self.device).unsqueeze::<4>();
+            self.encode(model, pixels, &name, (purpose, sample)).squeeze_dim::<3>(0)
         };
-        let latents: Vec<Tensor<3>> =
-            batch.images.iter().enumerate().map(|(i, image)| one(image, format!("target/{stream}/{i}"))).collect();
+        let target = |(i, image): (usize, &Pixels)| one(image, format!("target/{stream}/{i}"), Purpose::Target, i);
         let references = batch.references.iter().enumerate().map(|(i, own)| {
-            own.iter().enumerate().map(|(j, image)| one(image, format!("reference-{j}/{stream}/{i}"))).collect()
+            let reference = |(j, image): (usize, &Pixels)| {
+                one(image, format!("reference-{j}/{stream}/{i}"), Purpose::Reference(j), i)
+            };
+            own.iter().enumerate().map(reference).collect()
         });
         let references: Vec<Vec<Tensor<3>>> = references.collect();
-        let noise = latents
-            .iter()
-            .enumerate()
-            .map(|(i, latent)| noise(self.seed, &format!("noise/{stream}/{i}"), latent.dims(), &self.device));
+        let latents: Vec<Tensor<3>> = batch.images.iter().enumerate().map(target).collect();
+        let noise = latents.iter().enumerate().map(|(i, latent)| {
+            let [c, h, w] = latent.dims();
+            let name = format!("noise/{stream}/{i}");
+            self.draws.normals(&name, Purpose::Noise, i, [1, c, h, w], &self.device).squeeze_dim::<3>(0)
+        });
         let targets = FlowTargets { noise: noise.collect(), latents, sigmas: levels, references };
         Ok(model.flow_loss_under(condition, &targets, sigma_dtype).loss)
     }
 
-    /// Encodes images `[b, 3, h, w]` to sampled latents.
-    fn encode(&self, model: &DeepGen, pixels: Tensor<4>, name: &str) -> Tensor<4> {
+    /// Encodes images `[b, 3, h, w]` of the samples from `draw.1` on to sampled latents.
+    fn encode(&self, model: &DeepGen, pixels: Tensor<4>, name: &str, draw: (Purpose, usize)) -> Tensor<4> {
         let [b, _, h, w] = pixels.dims();
         let vae = &model.spec().base.vae;
         let shape = [b, vae.latent_channels, h / vae.downscale(), w / vae.downscale()];
-        model.encode(pixels, noise(self.seed, &format!("posterior/{name}"), shape, &self.device))
+        model.encode(pixels, self.draws.normals(&format!("posterior/{name}"), draw.0, draw.1, shape, &self.device))
     }
 }

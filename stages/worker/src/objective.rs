@@ -38,8 +38,8 @@ impl Transition {
         }
     }
 
-    /// Returns the scale that the KL penalty divides by: what the released code calls "std".
-    fn kl_std(&self) -> f64 {
+    /// Returns the scale that the KL penalty and GRPO-Guard divide by: what the released code calls "std".
+    pub fn kl_std(&self) -> f64 {
         match self.sde {
             SdeKind::FlowgrpoSde => self.flow_strength(),
             SdeKind::CpsSde | SdeKind::DanceSde => self.noise_std(),
@@ -116,7 +116,8 @@ pub struct Prediction {
     pub mean: Tensor<4>,
 }
 
-fn mean_per_image(x: Tensor<4>) -> Tensor<1> {
+/// Returns the mean over all axes but the first.
+pub fn mean_per_image(x: Tensor<4>) -> Tensor<1> {
     let b = x.dims()[0];
     x.reshape([b as i32, -1]).mean_dim(1).reshape([b])
 }
@@ -139,11 +140,26 @@ pub fn policy_loss(
     advantage: Tensor<1>,
     clip_range: f64,
 ) -> PolicyLoss {
-    let ratio = (new_log_prob - old_log_prob).exp();
-    let clipped = ratio.clone().clamp(1.0 - clip_range, 1.0 + clip_range);
+    clipped_loss((new_log_prob - old_log_prob).exp(), advantage, [1.0 - clip_range, 1.0 + clip_range])
+}
+
+/// Returns the mean over images of `max(-A r, -A clamp(r, low, high))` for ratios that were made elsewhere.
+///
+/// # Shapes
+/// each [b]
+pub fn clipped_loss(ratio: Tensor<1>, advantage: Tensor<1>, [low, high]: [f64; 2]) -> PolicyLoss {
+    let clipped = ratio.clone().clamp(low, high);
     let plain = (advantage.clone() * ratio.clone()).neg();
     let bounded = (advantage * clipped).neg();
     PolicyLoss { loss: plain.max_pair(bounded).mean(), ratio: ratio.without_autodiff() }
+}
+
+/// Returns the ratio of two policies, the difference of their log-probabilities clamped to plus or minus `bound`.
+///
+/// # Shapes
+/// each [b]
+pub fn bounded_ratio(new_log_prob: Tensor<1>, old_log_prob: Tensor<1>, bound: f64) -> Tensor<1> {
+    (new_log_prob - old_log_prob).clamp(-bound, bound).exp()
 }
 
 #[cfg(test)]

@@ -41,6 +41,11 @@ impl GradientSum {
         self.by_name.get(name).cloned()
     }
 
+    /// Lists names and gradients, sorted by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Tensor<1>)> {
+        self.by_name.iter().map(|(name, gradient)| (name.as_str(), gradient))
+    }
+
     /// Returns true when nothing was added.
     pub fn is_empty(&self) -> bool {
         self.by_name.is_empty()
@@ -184,6 +189,14 @@ pub fn schedule_factor(schedule: &Schedule, k: u64, total: u64) -> f64 {
             let warmup = ((k + 1.0) / (*warmup_steps as f64).max(1.0)).min(1.0);
             let left = (1.0 - k / total) / decay_share.max(1e-9);
             warmup * left.clamp(DECAY_END, 1.0)
+        }
+        Schedule::HalfCosine { warmup_steps, starts_at_zero } => {
+            let warmup = *warmup_steps as f64;
+            let done = if *starts_at_zero { k } else { k + 1.0 };
+            if k < warmup {
+                return done / warmup;
+            }
+            (1.0 + (std::f64::consts::PI * (k - warmup) / (total - warmup).max(1.0)).cos()) / 2.0
         }
         Schedule::WarmupCosine { warmup_ratio } => {
             let warmup = (warmup_ratio * total).floor();

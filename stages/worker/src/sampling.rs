@@ -79,11 +79,21 @@ pub fn draw(
     references: &[Tensor<4>],
     noise: Tensor<4>,
 ) -> JobResult<Vec<RgbImage>> {
+    let row = |i: usize| references.iter().map(|latent| latent.clone().narrow(0, i, 1).squeeze_dim::<3>(0)).collect();
+    let references: Vec<Vec<Tensor<3>>> = (0..noise.dims()[0]).map(row).collect();
+    decode(drawer.vae, draw_latents(drawer, sampling, condition, &references, noise))
+}
+
+/// Draws latents as [`draw`] does images; `references` lists those of each image, which may differ in number and size.
+pub fn draw_latents(
+    drawer: Drawer<'_>,
+    sampling: &Sampling,
+    condition: &Condition,
+    references: &[Vec<Tensor<3>>],
+    noise: Tensor<4>,
+) -> Tensor<4> {
     let levels = sigmas(sampling.steps, drawer.base.scheduler_shift);
-    let doubled: Vec<Tensor<4>> = match sampling.is_guided() {
-        true => references.iter().map(|latent| Tensor::cat(vec![latent.clone(), latent.clone()], 0)).collect(),
-        false => references.to_vec(),
-    };
+    let references = if sampling.is_guided() { [references, references].concat() } else { references.to_vec() };
     let field = |latents: Tensor<4>, timestep: f64| {
         let rows = latents.dims()[0];
         let condition = dit::Condition {
@@ -91,13 +101,16 @@ pub fn draw(
             text_btc: condition.sequence.clone(),
             pooled_bc: condition.pooled.clone(),
         };
-        drawer.dit.forward(latents, &condition, &doubled)
+        if references.iter().all(Vec::is_empty) {
+            return drawer.dit.forward(latents, &condition, &[]);
+        }
+        let rows: Vec<Tensor<3>> = latents.split(1, 0).into_iter().map(|row| row.squeeze_dim::<3>(0)).collect();
+        Tensor::stack(drawer.dit.forward_ragged(&rows, &condition, &references), 0)
     };
-    let latents = match sampling.is_guided() {
+    match sampling.is_guided() {
         true => euler(&Guided { field, scale: sampling.guidance }, noise, &levels),
         false => euler(&field, noise, &levels),
-    };
-    decode(drawer.vae, latents)
+    }
 }
 
 /// Decodes latents to images.

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::TensorData;
 use deepgen_model::weights::WeightFile;
 use deepgen_model::{Device, Tensor};
+use image::RgbImage;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -136,19 +136,26 @@ impl Inputs<'_> {
     pub fn tensor<const D: usize>(&self, name: &str) -> ParityResult<Tensor<D>> {
         let data = self.archive.data(name)?;
         if data.shape().len() != D {
-            return Err(ParityError::Unsupported(format!("input `{name}` has the shape {:?}, not {D} axes", data.shape())));
+            return Err(ParityError::Unsupported(format!(
+                "input `{name}` has the shape {:?}, not {D} axes",
+                data.shape()
+            )));
         }
         Ok(Tensor::from_data(data, self.device))
     }
 
-    /// Returns an input as a vector.
+    /// Returns a picture `[height, width, 3]` of bytes.
     ///
     /// # Errors
-    /// When it is missing.
-    pub fn vector(&self, name: &str) -> ParityResult<Tensor<1>> {
-        let values = self.archive.floats(name)?;
-        let count = values.len();
-        Ok(Tensor::from_data(TensorData::new(values, [count]), self.device))
+    /// When it is missing or no picture.
+    pub fn image(&self, name: &str) -> ParityResult<RgbImage> {
+        let array = self.archive.get(name)?;
+        let bytes = array.floats().into_iter().map(|value| value as u8).collect();
+        let image = match array.shape[..] {
+            [height, width, 3] => RgbImage::from_raw(width as u32, height as u32, bytes),
+            _ => None,
+        };
+        image.ok_or_else(|| ParityError::Unsupported(format!("`{name}` of shape {:?} is no picture", array.shape)))
     }
 
     /// Returns inputs `prefix0`, `prefix1`, ...

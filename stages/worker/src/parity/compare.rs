@@ -1,4 +1,4 @@
-//! Comparing with a case's expected tensors: every one of them is compared, or named with the reason why not.
+//! Comparing with a case's expected tensors: every one of them must be compared.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -85,8 +85,6 @@ pub struct Checker {
     noise_floor: serde_json::Value,
     factor: f64,
     lines: Vec<Line>,
-    /// What was left out, with the reason.
-    left_out: Vec<String>,
 }
 
 /// The file of expected results.
@@ -111,7 +109,6 @@ impl Checker {
             noise_floor: case.config.value["noise_floor"].clone(),
             factor: if is_cpu { 1.0 } else { DEVICE_FACTOR },
             lines: Vec::new(),
-            left_out: Vec::new(),
         })
     }
 
@@ -185,6 +182,13 @@ impl Checker {
         self.lines.push(line);
     }
 
+    /// Adds what a reader should know to the last comparison.
+    pub fn note(&mut self, note: &str) {
+        if let Some(line) = self.lines.last_mut().filter(|line| line.note.is_empty()) {
+            line.note = note.into();
+        }
+    }
+
     /// Records a claim that is true or false.
     pub fn claim(&mut self, name: &str, holds: bool, note: String) {
         let difference = if holds { 0.0 } else { f64::INFINITY };
@@ -225,16 +229,6 @@ impl Checker {
             self.floats(GRADS, &theirs, values, &shape, Quantity::Gradient)?;
         }
         Ok(sum)
-    }
-
-    /// Leaves an expected tensor out, for a reason.
-    ///
-    /// # Errors
-    /// As [`Checker::tensor`].
-    pub fn leave_out(&mut self, file: &str, name: &str, reason: &str) -> ParityResult<()> {
-        self.take(file, name)?;
-        self.left_out.push(format!("{name}: {reason}"));
-        Ok(())
     }
 
     fn take(&mut self, file: &str, name: &str) -> ParityResult<(&'static str, Array)> {
@@ -279,17 +273,17 @@ impl Checker {
         }
     }
 
-    /// Returns the lines and what was left out.
+    /// Returns the lines.
     ///
     /// # Errors
-    /// When an expected tensor was neither compared nor left out.
-    pub fn finish(self) -> ParityResult<(Vec<Line>, Vec<String>)> {
+    /// When an expected tensor was not compared.
+    pub fn finish(self) -> ParityResult<Vec<Line>> {
         let missed = self.expected.iter().flat_map(|(file, expected)| {
             let missed = expected.archive.names().filter(|name| !expected.seen.contains(*name));
             missed.map(move |name| format!("{file}:{name}"))
         });
         let missed: Vec<String> = missed.collect();
-        if missed.is_empty() { Ok((self.lines, self.left_out)) } else { Err(ParityError::NotCompared(missed)) }
+        if missed.is_empty() { Ok(self.lines) } else { Err(ParityError::NotCompared(missed)) }
     }
 }
 

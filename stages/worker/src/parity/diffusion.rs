@@ -161,11 +161,11 @@ fn stacked(check: &mut Checker, inputs: &Inputs<'_>, dit: &Dit, condition: &Cond
         pooled_bc: condition.pooled_bc.clone().narrow(0, 0, rows),
     };
     check.tensor("stacked.sample", dit.forward(latents.clone(), &condition, &[]), Quantity::Forward)?;
-    let skipped: Vec<String> = check.outputs().names().filter(|name| name.starts_with(SKIP)).map(str::to_owned).collect();
+    let skipped: Vec<String> =
+        check.outputs().names().filter(|name| name.starts_with(SKIP)).map(str::to_owned).collect();
     for name in skipped {
-        let block: usize = name[SKIP.len()..]
-            .parse()
-            .map_err(|_| ParityError::Unsupported(format!("{name} names no block")))?;
+        let block: usize =
+            name[SKIP.len()..].parse().map_err(|_| ParityError::Unsupported(format!("{name} names no block")))?;
         let mut shorter = dit.clone();
         shorter.transformer_blocks.remove(block);
         check.tensor(&name, shorter.forward(latents.clone(), &condition, &[]), Quantity::Forward)?;
@@ -264,4 +264,3 @@ pub fn first_rows(data: &TensorData, rows: usize) -> TensorData {
     shape[0] = rows;
     TensorData::new(data.iter::<f32>().take(rows * size).collect::<Vec<f32>>(), shape)
 }
-

@@ -246,7 +246,8 @@ pub fn full(case: &Case, check: &mut Checker) -> ParityResult<()> {
 /// # Errors
 /// When none is expected.
 pub fn check_mask(check: &mut Checker, layout: &Layout, order: &[usize]) -> ParityResult<()> {
-    let ours: Vec<i64> = order.iter().flat_map(|&row| layout.is_real[row].iter().map(|&real| i64::from(real))).collect();
+    let ours: Vec<i64> =
+        order.iter().flat_map(|&row| layout.is_real[row].iter().map(|&real| i64::from(real))).collect();
     let length = layout.is_real.first().map_or(0, Vec::len);
     check.integers("attention_mask_with_queries", ours, &[order.len(), length])
 }
@@ -310,7 +311,9 @@ pub fn lora(case: &Case, check: &mut Checker) -> ParityResult<()> {
     let wanted: Vec<String> = case.archive("merged.safetensors")?.names().map(str::to_owned).collect();
     let mut found = Vec::new();
     for_each_param(&merged, |name, param| {
-        found.extend(wanted.iter().filter(|theirs| hub_name(theirs) == name).map(|theirs| (theirs.clone(), param.value())));
+        found.extend(
+            wanted.iter().filter(|theirs| hub_name(theirs) == name).map(|theirs| (theirs.clone(), param.value())),
+        );
     });
     for (theirs, value) in found {
         let values = value.into_data().iter::<f32>().collect();

@@ -7,6 +7,7 @@
 mod archive;
 mod autoencoder;
 mod case;
+mod clip;
 mod command;
 mod compare;
 mod connector;
@@ -15,6 +16,10 @@ mod error;
 mod hub;
 mod kind;
 mod language;
+mod optimizer;
+mod policy;
+mod preprocess;
 mod readings;
+mod whole;
 
 pub use command::{USAGE, run};

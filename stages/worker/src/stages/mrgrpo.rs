@@ -29,7 +29,7 @@ use crate::checkpoint::NamedTensors;
 use crate::emit::Metrics;
 use crate::error::{JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
-use crate::flow_step::{FlowStep, Sigmas};
+use crate::flow_step::{Draws, FlowStep, Sigmas};
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::model_folder;
 use crate::objective::{Prediction, policy_loss};
@@ -122,7 +122,7 @@ impl RlTrainer {
             flow: FlowStep {
                 table: TrainingTable::new(model.spec().base.scheduler_shift),
                 sigma_dtype: settings.sft.sigma_dtype,
-                seed,
+                draws: Draws::Seeded(seed),
                 device,
             },
             model: Some(model),

@@ -24,7 +24,7 @@ use crate::checkpoint::NamedTensors;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
-use crate::flow_step::{FlowStep, Sigmas, loss_name};
+use crate::flow_step::{Draws, FlowStep, Sigmas, loss_name};
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::model_folder;
 use crate::optimize::{AdamW, GradientSum, schedule_factor};
@@ -125,7 +125,7 @@ impl StageTrainer {
         let flow = FlowStep {
             table: TrainingTable::new(model.spec().base.scheduler_shift),
             sigma_dtype: settings.train.sigma_dtype,
-            seed,
+            draws: Draws::Seeded(seed),
             device,
         };
         Ok(Self {
@@ -245,7 +245,7 @@ impl Trainer for StageTrainer {
         let flow = FlowStep {
             table: self.flow.table.clone(),
             sigma_dtype: self.flow.sigma_dtype,
-            seed: self.seed,
+            draws: Draws::Seeded(self.seed),
             device: context.device.clone(),
         };
         let mut metrics = Metrics::new();
