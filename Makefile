@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy test-e2e ci fmt lint build base small sweep plan-paper bench-model
+.PHONY: demo test test-light test-heavy parity test-e2e ci fmt lint build base small sweep plan-paper bench-model
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -17,6 +17,9 @@ test-light:            ## the orchestrator and the light crates, seconds
 
 test-heavy:            ## model and worker, against reference tensors
 	cargo test --release --locked $(HEAVY)
+
+parity: build          ## every number of the reference implementations against ours, tensor by tensor
+	$(TARGET)/release/deepgen-worker parity tests/fixtures/parity
 
 test-e2e: build        ## a short pipeline with the real worker, undisturbed and killed: same bits
 	DEEPGEN_E2E_BIN=$(abspath $(TARGET))/release cargo test --locked --test e2e -- --ignored --test-threads=1 --nocapture

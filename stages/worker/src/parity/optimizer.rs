@@ -40,7 +40,7 @@ impl Net {
         };
         let file: WeightFile = case.weights("inputs.safetensors")?;
         let net = load_into(net, &file.rename(|name| name.starts_with("init.").then(|| name.to_owned())), "init.")?;
-        Ok(select(net)?)
+        select(net)
     }
 
     fn loss(&self, x: Tensor<2>, y: Tensor<2>) -> Tensor<1> {
