@@ -82,7 +82,9 @@ fn warmup(optimizer: &OptimizerSettings, iterations: u64) -> u64 {
     match optimizer.schedule {
         // A share of iterations, which fit f64 exactly.
         Schedule::WarmupCosine { warmup_ratio } => (iterations as f64 * warmup_ratio).round() as u64,
-        Schedule::WarmupConstant { warmup_steps } | Schedule::WarmupDecay { warmup_steps, .. } => warmup_steps,
+        Schedule::WarmupConstant { warmup_steps }
+        | Schedule::WarmupDecay { warmup_steps, .. }
+        | Schedule::HalfCosine { warmup_steps, .. } => warmup_steps,
     }
 }
 
