@@ -155,6 +155,140 @@ fn without_paths(files: &[(String, String)]) -> Vec<&(String, String)> {
     files.iter().filter(|(path, _)| path != "mixture.json").collect()
 }
 
+/// How an attempt is disturbed.
+#[derive(Debug, Clone, Copy)]
+enum Disturbance {
+    Kill,
+    Terminate,
+    /// No file may grow beyond a few kilobytes, so the next checkpoint cannot be written.
+    FullDisk,
+}
+
+/// Runs a job directory by hand, as a person with a shell would.
+struct ByHand {
+    folder: tempfile::TempDir,
+    job: serde_json::Value,
+}
+
+impl ByHand {
+    /// Takes the job of `node` from a run, with settings of its own.
+    fn new(run: &Bench, node: &str, settings: &[(&str, serde_json::Value)]) -> Self {
+        let attempt = |(path, job): (PathBuf, serde_json::Value)| (job["node"] == node).then_some((path, job));
+        let jobs = fs::read_dir(run.artifacts.path().join("jobs")).expect("a jobs folder").flatten();
+        let jobs = jobs.filter_map(|entry| {
+            let path = entry.path().join("1");
+            Some((path.clone(), serde_json::from_str(&fs::read_to_string(path.join("job.json")).ok()?).ok()?))
+        });
+        let (_, mut job) = jobs.filter_map(attempt).next().expect("the node ran");
+        for (pointer, value) in settings {
+            *job.pointer_mut(&format!("/settings/settings/{pointer}")).expect("a setting of the job") = value.clone();
+        }
+        Self { folder: tempfile::tempdir().expect("a temporary folder"), job }
+    }
+
+    fn attempt(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Starts an attempt that may go on from `earlier` ones.
+    fn start(&self, name: &str, threads: usize, earlier: &[&str], is_disk_full: bool) -> Child {
+        let dir = self.attempt(name);
+        fs::create_dir_all(&dir).expect("a job directory");
+        let mut job = self.job.clone();
+        job["threads"] = threads.into();
+        job["earlier_attempts"] = earlier.iter().map(|name| self.attempt(name).display().to_string()).collect();
+        fs::write(dir.join("job.json"), job.to_string()).expect("the job is written");
+        let bin = std::env::var("DEEPGEN_E2E_BIN").expect("run this through `make test-e2e`");
+        // Blocks of 512 bytes; the signal ignored, a write beyond them fails as on a full disk.
+        let limit = if is_disk_full { "trap '' XFSZ; ulimit -f 128;" } else { "" };
+        let script = format!("{limit} exec \"$0\" \"$1\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script]).arg(Path::new(&bin).join("deepgen-worker")).arg(&dir);
+        command.env("RAYON_NUM_THREADS", "1").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().expect("the worker starts")
+    }
+
+    fn finish(&self, name: &str, threads: usize, earlier: &[&str]) {
+        let status = self.start(name, threads, earlier, false).wait().expect("the worker ends");
+        let outcome = fs::read_to_string(self.attempt(name).join("outcome.json")).unwrap_or_default();
+        assert!(status.success() && outcome.contains("done"), "{name}: {outcome}");
+    }
+
+    fn wait_for_checkpoints(&self, name: &str, count: usize) {
+        let started = Instant::now();
+        let path = self.attempt(name).join("events.jsonl");
+        while fs::read_to_string(&path).unwrap_or_default().matches("\"checkpoint\",\"step\"").count() < count {
+            assert!(started.elapsed() < PATIENCE, "no checkpoint in {}", path.display());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Returns what an attempt leaves: every file of its result, and the newest state with the optimiser's.
+    fn left_by(&self, name: &str) -> BTreeMap<String, blake3::Hash> {
+        let mut hashes = BTreeMap::new();
+        let mut hash = |label: String, path: &Path| {
+            hashes.insert(label, blake3::hash(&fs::read(path).expect("a readable file")));
+        };
+        for entry in fs::read_dir(self.attempt(name).join("out")).expect("a result").flatten() {
+            hash(entry.file_name().to_string_lossy().into_owned(), &entry.path());
+        }
+        let checkpoints = fs::read_dir(self.attempt(name).join("checkpoints")).expect("checkpoints").flatten();
+        let newest = checkpoints.map(|entry| entry.path()).max().expect("a checkpoint");
+        for file in ["tensors.safetensors", "state.json"] {
+            hash(format!("newest/{file}"), &newest.join(file));
+        }
+        hashes
+    }
+}
+
+#[test]
+#[ignore = "needs release builds of deepgen and deepgen-worker: make test-e2e"]
+fn a_disturbed_stage_leaves_the_weights_the_optimiser_and_the_metrics_of_an_undisturbed_one() {
+    let run = Bench::new();
+    let output = run.run(&[]);
+    assert!(output.status.success(), "{}", text(&output));
+    // Long enough to be caught in the middle, short enough for every combination.
+    let settings = [
+        ("train/max_iters", 48.into()),
+        ("train/log_every", 7.into()),
+        ("checkpoint/every", 6.into()),
+        ("checkpoint/keep", 3.into()),
+        ("validation/every", 0.into()),
+    ];
+    for stage in ["pretrain", "sft"] {
+        let hand = ByHand::new(&run, stage, &settings);
+        hand.finish("undisturbed", 1, &[]);
+        let expected = hand.left_by("undisturbed");
+        assert!(expected.contains_key("metrics.jsonl") && expected.len() >= 4, "{:?}", expected.keys());
+        for threads in [1, 2] {
+            for disturbance in [Disturbance::Kill, Disturbance::Terminate, Disturbance::FullDisk] {
+                let case = format!("{stage}-{threads}-{disturbance:?}");
+                let (first, second, last) = (format!("{case}-1"), format!("{case}-2"), format!("{case}-3"));
+                let mut worker = hand.start(&first, threads, &[], false);
+                hand.wait_for_checkpoints(&first, 2);
+                let pid = Pid::from_raw(worker.id() as i32).expect("a process id is positive");
+                let signal = if matches!(disturbance, Disturbance::Terminate) { Signal::TERM } else { Signal::KILL };
+                kill_process(pid, signal).expect("the worker is there to be disturbed");
+                worker.wait().expect("the worker ends");
+                let outcome = fs::read_to_string(hand.attempt(&first).join("outcome.json")).unwrap_or_default();
+                assert_eq!(outcome.contains("stopped"), matches!(disturbance, Disturbance::Terminate), "{outcome}");
+                let mut earlier = vec![first.as_str()];
+                if matches!(disturbance, Disturbance::FullDisk) {
+                    hand.start(&second, threads, &earlier, true).wait().expect("the worker ends");
+                    let outcome = fs::read_to_string(hand.attempt(&second).join("outcome.json")).unwrap_or_default();
+                    assert!(outcome.contains("failed") && outcome.contains("\"io\""), "{case}: {outcome}");
+                    earlier.push(&second);
+                }
+                hand.finish(&last, threads, &earlier);
+                let found = hand.left_by(&last);
+                let differing: Vec<_> =
+                    expected.iter().filter(|(name, hash)| found.get(*name) != Some(*hash)).collect();
+                assert!(differing.is_empty(), "{case}: {differing:?}");
+            }
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs release builds of deepgen and deepgen-worker: make test-e2e"]
 fn a_loss_that_is_not_finite_ends_the_node_and_keeps_its_checkpoint() {

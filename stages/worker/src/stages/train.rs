@@ -71,6 +71,8 @@ struct StageTrainer {
     held_out: Vec<(Task, Vec<Batch>)>,
     warm_start: Option<WarmStart>,
     settings: TrainSettings,
+    /// Threads that prepare batches: as many as the job may use. The batches do not depend on it.
+    loader_threads: usize,
     seed: u64,
 }
 
@@ -138,6 +140,7 @@ impl StageTrainer {
             prefetch: None,
             warm_start,
             settings: settings.clone(),
+            loader_threads: context.spec.threads.max(1),
             seed,
         })
     }
@@ -154,9 +157,9 @@ impl StageTrainer {
     fn batch(&mut self, iteration: u64) -> JobResult<Batch> {
         if self.prefetch.as_ref().is_none_or(|(next, _)| *next != iteration) {
             let (loader, shard) = (Arc::clone(&self.loader), Shard::single(self.seed));
-            let depth = self.settings.train.prefetch.max(1);
+            let (depth, threads) = (self.settings.train.prefetch.max(1), self.loader_threads);
             let job = move |number| loader.load(shard, number);
-            self.prefetch = Some((iteration, Prefetch::new(iteration..u64::MAX, depth, 1, job)));
+            self.prefetch = Some((iteration, Prefetch::new(iteration..u64::MAX, depth, threads, job)));
         }
         let (next, prefetch) = self.prefetch.as_mut().expect("it was started above");
         *next += 1;
