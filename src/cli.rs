@@ -38,6 +38,14 @@ enum Command {
     Explain(commands::explain::ExplainArgs),
     /// Declare that a node's change is without effect: its newest sealed result is used
     Accept(commands::accept::AcceptArgs),
+    /// Compare two runs, two nodes or two results: settings, inputs, code, environment, numbers
+    Diff(commands::diff::DiffArgs),
+    /// Draw the graph of a pipeline as Mermaid, DOT or SVG
+    Graph(commands::graph::GraphArgs),
+    /// Print the command that makes a run again, and what is different now
+    Reproduce(commands::reproduce::ReproduceArgs),
+    /// Write one archive of all that a reader of a run needs
+    Freeze(commands::freeze::FreezeArgs),
     /// Check a pipeline's files, or sealed artifacts
     Check(commands::check::CheckArgs),
     /// Show where a run stands; works while it goes on
@@ -126,6 +134,10 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Plan(args) => commands::plan::plan(args),
         Command::Explain(args) => commands::explain::explain(args),
         Command::Accept(args) => commands::accept::accept(args),
+        Command::Diff(args) => commands::diff::diff(args),
+        Command::Graph(args) => commands::graph::graph(args),
+        Command::Reproduce(args) => commands::reproduce::reproduce(args),
+        Command::Freeze(args) => commands::freeze::freeze(args),
         Command::Check(args) => commands::check::check(args),
         Command::Status(args) => commands::status::status(args),
         Command::Logs(args) => commands::logs::logs(args),
@@ -135,6 +147,15 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Stop(args) => commands::stop::stop(args),
         Command::Retry(args) => commands::retry::retry(args),
         Command::State(args) => commands::state::state(args),
+    }
+}
+
+/// Returns what a command line that started a run changed in its pipeline; nothing when this program cannot read it.
+pub fn overriding_of(command: &[String]) -> Option<commands::Overriding> {
+    match Cli::try_parse_from(command).ok()?.command {
+        Command::Run(args) => Some(args.overriding),
+        Command::Sweep(args) => Some(args.overriding),
+        _ => None,
     }
 }
 

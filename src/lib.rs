@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod commands;
+pub mod compare;
 pub mod environment;
 pub mod exec;
 pub mod plan;

@@ -112,3 +112,119 @@ fn a_smoke_test_has_results_of_its_own_which_stand_for_no_real_ones() {
     let plan = plan(&project, &["--set", "sft.optimizer.lr=1e-4"]);
     assert_eq!(node(&plan, "sft")["differences"].as_array().unwrap().len(), 1);
 }
+
+/// Returns the names of all runs, oldest first.
+fn runs(project: &Project) -> Vec<String> {
+    let folder = std::fs::read_dir(project.path("artifacts/runs")).unwrap();
+    let mut names: Vec<String> = folder.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn two_runs_are_compared_down_to_the_setting() {
+    let project = Project::new();
+    project.run().expect(0);
+    project.deepgen(&[&["run", PIPELINE], &LR[..]].concat()).expect(0);
+    let names = runs(&project);
+    let text = project.deepgen(&["diff", &names[0], &names[1]]).expect(0);
+    let text = text.prints("4 the same, 2 differ").prints("optimizer.lr: 0.00005 -> 0.0001");
+    text.prints("1 node by their inputs alone: final").prints("environment: the same").prints("command: run");
+    let json = project.deepgen(&["diff", &names[0], &names[1], "--json"]).expect(0);
+    let json: Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["diff"]["changed"][0]["differences"][0]["key"], "optimizer.lr");
+    assert_eq!(json["diff"]["changed"][1]["is_consequence"], true);
+
+    let nodes = [format!("{}:words", names[0]), format!("{}:poems", names[0])];
+    project.deepgen(&["diff", &nodes[0], &nodes[1]]).expect(0).prints("source.path: \"data/words.txt\" -> ");
+    let results: Vec<String> =
+        project.manifests().values().map(|made| made["fingerprint"].as_str().unwrap()[..16].to_owned()).collect();
+    project.deepgen(&["diff", &results[0], &results[1]]).expect(0).prints("identity");
+    project.deepgen(&["diff", &names[0], &nodes[1]]).expect(2).says("a run is compared with a run");
+    project.deepgen(&["diff", &names[0], &format!("{}:wrods", names[0])]).expect(2).says("did you mean `words`?");
+    project.deepgen(&["diff", &names[0], "000000000000"]).expect(2).says("no sealed result");
+}
+
+#[test]
+fn a_run_says_how_to_make_it_again_and_what_is_different_now() {
+    let project = Project::new();
+    project.deepgen(&[&["run", PIPELINE], &LR[..]].concat()).expect(0);
+    let text = project.deepgen(&["reproduce"]).expect(0).prints("deepgen run pipelines/small.toml --set");
+    let text = text.prints("environment: the same").prints("files of the project: the same");
+    text.prints("all 6 would give the same results");
+    project.edit(PIPELINE, "seed = 7", "seed = 8");
+    let text = project.deepgen(&["reproduce"]).expect(0).prints("  pipelines/small.toml: ");
+    text.prints("6 of 6 are other ones now").prints("seed: 7 -> 8");
+    let json = project.deepgen(&["reproduce", "--json"]).expect(0);
+    let json: Value = serde_json::from_str(&json.stdout).unwrap();
+    assert_eq!(json["num_nodes"], 6);
+    assert!(json["command"].as_str().unwrap().contains("--set sft.optimizer.lr=1e-4"));
+}
+
+#[test]
+fn uncommitted_changes_are_kept_once_beside_the_run() {
+    let project = Project::new();
+    let git = |arguments: &[&str]| {
+        let who = ["-c", "user.name=a", "-c", "user.email=a@b"];
+        let run = std::process::Command::new("git").args(who).args(arguments).current_dir(project.path("")).output();
+        assert!(run.unwrap().status.success(), "git {arguments:?}");
+    };
+    project.write(".gitignore", "artifacts\n");
+    git(&["init", "-q"]);
+    git(&["add", "."]);
+    git(&["commit", "-q", "-m", "first"]);
+    project.edit(PIPELINE, "seed = 7", "seed = 8");
+    project.run().expect(0);
+    let manifest = &project.manifests()["sft"];
+    let hash = manifest["environment"]["git_diff_blake3"].as_str().unwrap();
+    let run = &runs(&project)[0];
+    let patch = project.path(&format!("artifacts/runs/{run}/changes-{}.diff", &hash[..12]));
+    assert!(std::fs::read_to_string(&patch).unwrap().contains("+seed = 8"));
+    project.deepgen(&["reproduce"]).expect(0).prints("git checkout ").prints("git apply ").prints("changes-");
+}
+
+#[test]
+fn a_graph_comes_in_three_forms() {
+    let project = Project::new();
+    project.deepgen(&["graph", PIPELINE]).expect(0).prints("flowchart LR").prints("n4[\"sft\"]:::run");
+    project.deepgen(&["graph", PIPELINE, "--format", "dot"]).expect(0).prints("digraph").prints("-> n");
+    project.run().expect(0);
+    project.deepgen(&["graph", PIPELINE, "--out", "graph.svg"]).expect(0).prints("graph.svg");
+    let svg = std::fs::read_to_string(project.path("graph.svg")).unwrap();
+    assert_eq!(svg.matches("class=\"node cached\"").count(), 6);
+}
+
+/// Unpacks an archive and returns the folder that it holds.
+fn unpack(archive: &std::path::Path, into: &std::path::Path) -> std::path::PathBuf {
+    let file = std::fs::File::open(archive).unwrap();
+    tar::Archive::new(flate2::read::GzDecoder::new(file)).unpack(into).unwrap();
+    std::fs::read_dir(into).unwrap().next().unwrap().unwrap().path()
+}
+
+#[test]
+fn a_frozen_run_unpacks_into_a_project_that_can_be_planned() {
+    let project = Project::new();
+    project.deepgen(&[&["run", PIPELINE], &LR[..]].concat()).expect(0);
+    // What the run was planned from is kept, not what lies there now.
+    project.edit(PIPELINE, "seed = 7", "seed = 8");
+    project.deepgen(&["freeze", "--out", "small.tar.gz"]).expect(0).prints("small.tar.gz");
+    project.deepgen(&["freeze", "--out", "whole.tar.gz", "--with-weights"]).expect(0);
+    project.deepgen(&["freeze", "--out", "whole.zip"]).expect(2).says(".tar.gz");
+    let dir = tempfile::tempdir().unwrap();
+    let plan_in = |folder: &std::path::Path| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_deepgen"));
+        let output = command.args(["plan", PIPELINE]).args(LR).current_dir(folder).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let small = unpack(&project.path("small.tar.gz"), &dir.path().join("small"));
+    assert!(plan_in(&small).contains("6 nodes: 0 cached, 6 to run"));
+    let readme = std::fs::read_to_string(small.join("README.md")).unwrap();
+    assert!(readme.contains("deepgen run pipelines/small.toml --set sft.optimizer.lr=1e-4"), "{readme}");
+    assert!(small.join("manifests/sft.json").is_file());
+    for file in ["plan.json", "resolved.toml", "journal.jsonl", "report.html", "environment.json"] {
+        assert!(small.join("artifacts/runs").join(&runs(&project)[0]).join(file).is_file(), "{file}");
+    }
+    let whole = unpack(&project.path("whole.tar.gz"), &dir.path().join("whole"));
+    assert!(plan_in(&whole).contains("6 nodes: 6 cached, 0 to run"));
+}

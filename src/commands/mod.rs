@@ -15,11 +15,15 @@ pub mod accept;
 pub mod attach;
 pub mod check;
 pub mod detach;
+pub mod diff;
 pub mod explain;
+pub mod freeze;
+pub mod graph;
 pub mod logs;
 pub mod opening;
 pub mod plan;
 pub mod report;
+pub mod reproduce;
 pub mod retry;
 pub mod run;
 pub mod runs;
@@ -45,6 +49,13 @@ pub struct Overriding {
     /// Two steps of every stage and few items: the whole graph in a minute or so, with results of its own
     #[arg(long)]
     pub smoke: bool,
+}
+
+impl From<Overrides> for Overriding {
+    fn from(overrides: Overrides) -> Self {
+        let Overrides { profile, variants, set, smoke, env: _ } = overrides;
+        Self { profile, variant: variants, set, smoke }
+    }
 }
 
 impl Overriding {

@@ -16,7 +16,7 @@ use crate::run::event::NodeState;
 use crate::spec::Resolved;
 use crate::store::index::RunIndex;
 use crate::store::layout::RESOLVED_FILE;
-use crate::store::runs::{self, RunView};
+use crate::store::runs::{self, RunView, SavedPlan};
 
 /// Arguments of `deepgen retry`.
 #[derive(Debug, clap::Args)]
@@ -87,5 +87,9 @@ fn chosen(patterns: &[String], resolved: &Resolved, view: &RunView) -> Result<Ve
 fn read_resolved(run_dir: &Path) -> Result<Resolved> {
     let path = run_dir.join(RESOLVED_FILE);
     let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
-    toml::from_str(&text).with_context(|| format!("{} is of another program; use `deepgen run`", path.display()))
+    let resolved: Resolved = toml::from_str(&text)
+        .with_context(|| format!("{} is of another program; use `deepgen run`", path.display()))?;
+    // The files that it was planned from are kept with the plan.
+    let sources = SavedPlan::read(run_dir).map(|saved| saved.sources).unwrap_or_default();
+    Ok(Resolved { sources, ..resolved })
 }

@@ -2,12 +2,13 @@
 
 mod cost;
 mod fingerprint;
+pub mod graph;
 #[expect(clippy::module_inception, reason = "the plan is the noun of this module")]
 mod plan;
 pub mod render;
 mod sizes;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use cost::{Cost, Costs, PastJob, PastResult, Work, past_jobs};
 pub use fingerprint::{

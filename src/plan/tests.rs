@@ -63,6 +63,17 @@ fn plan_of(resolved: &Resolved, known: &dyn Known) -> Plan {
     Plan::build(resolved, known, &DISK)
 }
 
+/// The plan of the fixture pipeline, of which nothing ran.
+pub fn plan_of_full() -> Plan {
+    plan_of(&full(None, &[]), &Store::default())
+}
+
+/// Calls the first node otherwise.
+pub fn with_name(mut plan: Plan, name: &str) -> Plan {
+    plan.nodes[0].node.name = NodeName(name.into());
+    plan
+}
+
 fn running(plan: &Plan) -> Vec<(&str, String)> {
     let reason = |verdict: &Verdict| match verdict {
         Verdict::Run(reason) => Some(reason.to_string()),

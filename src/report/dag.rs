@@ -24,7 +24,7 @@ const EDGE_MARGIN: f64 = 6.0;
 /// Characters that fit into a line of a box, beside the sign of its state.
 const NAME_CHARS: usize = 14;
 /// Characters that fit into the other lines.
-const FACT_CHARS: usize = 19;
+pub const FACT_CHARS: usize = 19;
 
 /// How a state looks: class, sign and word. The sign says the same as the colour.
 pub fn look(state: &NodeState) -> (&'static str, &'static str, &'static str) {
@@ -57,37 +57,71 @@ pub fn section(data: &ReportData) -> Markup {
 
 fn svg(data: &ReportData) -> Markup {
     let index: BTreeMap<&NodeName, usize> = data.nodes.iter().enumerate().map(|(i, node)| (node.name(), i)).collect();
+    let vertex = |node: &NodeReport| {
+        let (class, sign, word) = look(&node.state);
+        let name = &node.name().0;
+        let time = node.seconds.map_or(String::new(), |seconds| format!(", {}", duration(seconds)));
+        let number = metric_of_note(node).map_or(String::new(), |(name, value)| format!(", {name} {value}"));
+        Vertex {
+            lines: lines(node),
+            class,
+            sign,
+            title: format!("{name}: {word}{time}{number}; stage {}", node.planned.node.stage),
+            href: Some(format!("#{}", anchor("node", name))),
+            sources: node.planned.node.inputs.values().filter_map(|input| index.get(input).copied()).collect(),
+            is_done: node.state.is_done(),
+        }
+    };
+    drawing(&data.nodes.iter().map(vertex).collect::<Vec<_>>()).into()
+}
+
+/// A box of the drawing.
+#[derive(Debug, Clone)]
+pub struct Vertex {
+    /// Its lines: a name and facts.
+    pub lines: Vec<String>,
+    /// Class that gives it its colours.
+    pub class: &'static str,
+    /// Sign that says the same as the colour.
+    pub sign: &'static str,
+    /// Everything in words.
+    pub title: String,
+    /// Where it leads to.
+    pub href: Option<String>,
+    /// Places of the boxes that it reads from, all before its own.
+    pub sources: Vec<usize>,
+    /// Whether its result is there: other edges are dashed.
+    pub is_done: bool,
+}
+
+/// Draws a graph.
+pub fn drawing(vertices: &[Vertex]) -> Element {
     let mut edges = Vec::new();
-    for (target, node) in data.nodes.iter().enumerate() {
-        for source in node.planned.node.inputs.values().filter_map(|input| index.get(input)) {
+    for (target, vertex) in vertices.iter().enumerate() {
+        for source in &vertex.sources {
             if !edges.contains(&(*source, target)) {
                 edges.push((*source, target));
             }
         }
     }
-    let boxes: Vec<Vec<String>> = data.nodes.iter().map(lines).collect();
-    let heights: Vec<f64> = boxes.iter().map(|lines| LINE_HEIGHT * lines.len() as f64 + BOX_PADDING).collect();
+    let heights: Vec<f64> = vertices.iter().map(|v| LINE_HEIGHT * v.lines.len() as f64 + BOX_PADDING).collect();
     let layout = layout(&heights, &edges, ROW_GAP);
     let width = layout.num_columns as f64 * (BOX_WIDTH + COLUMN_GAP) - COLUMN_GAP + 2.0 * EDGE_MARGIN;
     let height = layout.height + 2.0 * EDGE_MARGIN;
-    let routes = layout.edges.iter().map(|route| {
-        let is_dead = !data.nodes[route.source].state.is_done();
-        edge(&layout, route, is_dead)
-    });
-    let boxes = data.nodes.iter().zip(&boxes).enumerate().map(|(i, (node, lines))| {
+    let routes = layout.edges.iter().map(|route| edge(&layout, route, !vertices[route.source].is_done));
+    let boxes = vertices.iter().enumerate().map(|(i, vertex)| {
         let (x, y) = (x_of(layout.columns[i]), layout.ys[i] + EDGE_MARGIN - heights[i] / 2.0);
-        node_box(node, lines, x, y, heights[i])
+        node_box(vertex, x, y, heights[i])
     });
     el("svg")
         .attr("viewBox", format!("0 0 {} {}", px(width), px(height)))
         .attr("role", "img")
         // Smaller than this, names cannot be read; the figure scrolls instead.
         .attr("style", format!("min-width:{}px;max-width:{}px", px(width * 0.7), px(width * 1.1)))
-        .add(el("title").text(format!("Graph of {} nodes", data.nodes.len())))
+        .add(el("title").text(format!("Graph of {} nodes", vertices.len())))
         .add(el("desc").text("Each box is a node; lines lead from a node to those that read its result. The table under Provenance holds the same."))
         .add(el("g").class("edges").add_all(routes))
         .add_all(boxes)
-        .into()
 }
 
 fn x_of(column: usize) -> f64 {
@@ -110,9 +144,8 @@ fn edge(layout: &Layout, route: &Route, is_dead: bool) -> Element {
     el("path").class(if is_dead { "edge dead" } else { "edge" }).attr("d", data)
 }
 
-/// Returns the lines of a node's box: its name, what sets it apart from nodes of the same name, time and number.
-fn lines(node: &NodeReport) -> Vec<String> {
-    let name = &node.name().0;
+/// Returns the lines that name a node: its name, and what sets it apart from nodes of the same name.
+pub fn name_lines(name: &str) -> Vec<String> {
     let (plain, variant) = name.split_once('@').unwrap_or((name, ""));
     let (base, axes) = plain.split_once('[').unwrap_or((plain, ""));
     let mut lines = vec![shortened(base, NAME_CHARS)];
@@ -121,6 +154,12 @@ fn lines(node: &NodeReport) -> Vec<String> {
             lines.push(shortened(apart, FACT_CHARS));
         }
     }
+    lines
+}
+
+/// Returns the lines of a node's box: its name, time and number.
+fn lines(node: &NodeReport) -> Vec<String> {
+    let mut lines = name_lines(&node.name().0);
     let (_, _, word) = look(&node.state);
     let time = node.seconds.map_or_else(|| word.to_owned(), brief);
     // Of other nodes the number is a count, which is of less note than their time.
@@ -147,9 +186,7 @@ fn brief(seconds: f64) -> String {
     }
 }
 
-fn node_box(node: &NodeReport, lines: &[String], x: f64, y: f64, height: f64) -> Element {
-    let (class, sign, word) = look(&node.state);
-    let name = &node.name().0;
+fn node_box(vertex: &Vertex, x: f64, y: f64, height: f64) -> Element {
     let text = |(at, text): (usize, &String)| {
         let y = y + BOX_PADDING / 2.0 + LINE_HEIGHT * (at as f64 + 0.75);
         let class = if at == 0 { "name" } else { "facts" };
@@ -160,18 +197,17 @@ fn node_box(node: &NodeReport, lines: &[String], x: f64, y: f64, height: f64) ->
         rect.attr("width", width).attr("height", px(height)).attr("rx", radius)
     };
     let (sign_x, sign_y) = (x + BOX_WIDTH - 7.0, y + BOX_PADDING / 2.0 + LINE_HEIGHT * 0.75);
-    let sign =
-        el("text").class("sign").attr("x", px(sign_x)).attr("y", px(sign_y)).attr("text-anchor", "end").text(sign);
-    let time = node.seconds.map_or(String::new(), |seconds| format!(", {}", duration(seconds)));
-    let number = metric_of_note(node).map_or(String::new(), |(name, value)| format!(", {name} {value}"));
-    el("a")
-        .class(format!("node {class}"))
-        .attr("href", format!("#{}", anchor("node", name)))
-        .add(el("title").text(format!("{name}: {word}{time}{number}; stage {}", node.planned.node.stage)))
+    let sign = el("text").class("sign").attr("x", px(sign_x)).attr("y", px(sign_y));
+    let mut group = el(if vertex.href.is_some() { "a" } else { "g" }).class(format!("node {}", vertex.class));
+    if let Some(href) = &vertex.href {
+        group = group.attr("href", href);
+    }
+    group
+        .add(el("title").text(&vertex.title))
         .add(rect("box", BOX_WIDTH, 7.0))
         .add(rect("bar", 4.0, 2.0))
-        .add_all(lines.iter().enumerate().map(text))
-        .add(sign)
+        .add_all(vertex.lines.iter().enumerate().map(text))
+        .add(sign.attr("text-anchor", "end").text(vertex.sign))
 }
 
 /// Returns the one number that says most about a node, with a short name.
@@ -194,7 +230,7 @@ fn three_digits(value: f64) -> String {
 }
 
 /// Returns text of at most `max` characters; what is left out is in the middle, since names differ at both ends.
-fn shortened(text: &str, max: usize) -> String {
+pub fn shortened(text: &str, max: usize) -> String {
     let chars: Vec<char> = text.chars().collect();
     if chars.len() <= max {
         return text.to_owned();

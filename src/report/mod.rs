@@ -14,6 +14,7 @@ mod markup;
 mod page;
 #[cfg(test)]
 mod picture;
+mod plan_drawing;
 mod provenance;
 mod read;
 mod sample_grid;
@@ -29,7 +30,10 @@ use std::path::{Path, PathBuf};
 
 pub use data::{NodeReport, ReportData};
 pub use page::render;
+pub use plan_drawing::svg as plan_svg;
+pub use provenance::command;
 pub use read::read;
+pub use trouble::quoted;
 
 use crate::store::journal::JournalError;
 use crate::store::{ArtifactStore, external};

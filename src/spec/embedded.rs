@@ -33,6 +33,14 @@ pub fn stage(name: &str) -> Option<&'static str> {
     STAGES.iter().find(|(known, _)| *known == name).map(|(_, text)| *text)
 }
 
+/// Returns the text of a file that a plan was made from, as it is now: on disk, or built in.
+pub fn source_now(root: &std::path::Path, name: &str) -> Option<String> {
+    match name.strip_prefix(super::project::BUILT_IN) {
+        Some(file) => stage(file.rsplit('/').next()?.trim_end_matches(".toml")).map(str::to_owned),
+        None => std::fs::read_to_string(root.join(name)).ok(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 use super::assignment::Assignment;
 use super::diagnostic::Diagnostic;
 use super::diagnostic::distinct;
@@ -15,7 +17,8 @@ use super::sweep::Experiment;
 use super::tree::Tree;
 
 /// What the command line changes.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Overrides {
     /// `--profile`.
     pub profile: Option<String>,
@@ -91,7 +94,9 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Resolved, Vec<Diagnost
         }
     };
     match resolved {
-        Some(resolved) if problems.is_empty() => Ok(resolved),
+        Some(resolved) if problems.is_empty() => {
+            Ok(Resolved { sources: project.sources(), overrides: overrides.clone(), ..resolved })
+        }
         _ => Err(distinct(problems)),
     }
 }

@@ -36,7 +36,9 @@ mod when;
 mod wiring;
 
 pub use diagnostic::{Diagnostic, Label, Style, nearest, quoted_list, render};
+pub use embedded::source_now;
 pub use load::{FileKind, Names, Overrides, check, load, load_sweep, names};
 pub use policy::{Backoff, Remedies};
+pub use project::BUILT_IN;
 pub use resolved::{Executor, MetricRef, Origin, Resolved, ResolvedNode, Sweep, Variant};
 pub use stage_file::PAPER_PROFILE;

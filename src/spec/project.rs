@@ -2,6 +2,7 @@
 //!
 //! The only part of `spec` that looks at the disk and the environment.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +16,8 @@ use super::tree::{Source, Spot};
 
 /// Folder of the stage files, beside `pipelines/`.
 const STAGES_DIR: &str = "stages";
+/// Beginning of the name of a stage file that is built into the program.
+pub const BUILT_IN: &str = "built-in ";
 /// Folders of pipeline and experiment files: what lies in one of them belongs to the folder above.
 const FILE_DIRS: [&str; 2] = ["pipelines", "experiments"];
 
@@ -26,6 +29,8 @@ pub struct Project {
     /// Values that stand before the environment's.
     variables: BTreeMap<String, String>,
     stages: BTreeMap<String, Option<StageFile>>,
+    /// Every file that was read, by its name.
+    read: RefCell<BTreeMap<String, Arc<Source>>>,
 }
 
 impl Project {
@@ -44,7 +49,8 @@ impl Project {
     /// Returns the project at a folder, whether it has stage files or not.
     pub fn at(root: &Path) -> Self {
         let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
-        Self { root: location::normal(&root), variables: BTreeMap::new(), stages: BTreeMap::new() }
+        let root = location::normal(&root);
+        Self { root, variables: BTreeMap::new(), stages: BTreeMap::new(), read: RefCell::default() }
     }
 
     /// Lets values stand before the environment's.
@@ -86,7 +92,14 @@ impl Project {
         let text = std::fs::read_to_string(file).map_err(|error| unreadable(file, &error))?;
         let file = location::normal(&std::path::absolute(file).unwrap_or_else(|_| file.to_owned()));
         let folder = file.parent().unwrap_or(&self.root);
-        Ok(Source::file(self.name_of(&file), folder, text))
+        let source = Source::file(self.name_of(&file), folder, text);
+        self.read.borrow_mut().insert(source.name.clone(), source.clone());
+        Ok(source)
+    }
+
+    /// Returns the text of every file read so far, by its name.
+    pub fn sources(&self) -> BTreeMap<String, String> {
+        self.read.borrow().iter().map(|(name, source)| (name.clone(), source.text.clone())).collect()
     }
 
     /// Reads the stage file that is named at `spot`, unless it was read before.
@@ -110,7 +123,9 @@ impl Project {
             true => self.read(&folder.join(format!("{name}.toml"))),
             false => {
                 let text = embedded::stage(name).unwrap_or_default();
-                Ok(Source::file(format!("built-in {STAGES_DIR}/{name}.toml"), folder, text))
+                let source = Source::file(format!("{BUILT_IN}{STAGES_DIR}/{name}.toml"), folder, text);
+                self.read.borrow_mut().insert(source.name.clone(), source.clone());
+                Ok(source)
             }
         };
         let stage = match source {

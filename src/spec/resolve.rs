@@ -15,6 +15,7 @@ use super::diagnostic::Diagnostic;
 use super::expand::expand;
 use super::fields::SlotTable;
 use super::layers::{Layers, check_selectors};
+use super::load::Overrides;
 use super::location;
 use super::pipeline::{Header, Layer, NodeTable, Pipeline};
 use super::presence::{Presence, decide};
@@ -163,6 +164,8 @@ pub fn resolve(
         executor,
         nodes,
         sweep: None,
+        overrides: Overrides::default(),
+        sources: BTreeMap::new(),
         keep_going: pipeline.header.keep_going.unwrap_or(true),
         env: scope.values(),
         left_out,

@@ -11,6 +11,7 @@ use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
 use serde::{Deserialize, Serialize};
 
+use super::load::Overrides;
 use super::policy::{Backoff, Remedies};
 
 /// A pipeline after merging, expansion and checking: nothing is left to guess.
@@ -39,6 +40,12 @@ pub struct Resolved {
     pub nodes: Vec<ResolvedNode>,
     /// What stands for what in each variant, when this is a sweep.
     pub sweep: Option<Sweep>,
+    /// What the command line changed.
+    #[serde(default)]
+    pub overrides: Overrides,
+    /// Text of each file that was read, by its path in the project; kept with the run's plan.
+    #[serde(skip)]
+    pub sources: BTreeMap<String, String>,
     /// False when nothing new may start after the first node that failed: its descendants are blocked, and everything
     /// else is left as it is for the next run. True lets all that does not depend on the failure run.
     #[serde(default = "yes")]

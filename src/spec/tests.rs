@@ -1,5 +1,6 @@
 //! Tests of loading: what the fixture pipeline resolves to, and how each kind of mistake reads.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use deepgen_contract::id::NodeName;
@@ -423,7 +424,9 @@ fn how_a_node_runs_is_read_merged_and_no_part_of_its_result() {
     assert_eq!((two.stall_s, two.slots.len(), two.slot_ids.len()), (None, 1, 0));
 
     let saved = serde_json::to_string(&resolved).unwrap();
-    assert_eq!(serde_json::from_str::<Resolved>(&saved).unwrap(), resolved);
+    // The text of the files is kept with the plan.
+    let without_sources = Resolved { sources: BTreeMap::new(), ..resolved.clone() };
+    assert_eq!(serde_json::from_str::<Resolved>(&saved).unwrap(), without_sources);
     let plain = serde_json::to_value(node(&full(None, &[]), "sft")).unwrap();
     let written = plain.as_object().unwrap().keys().map(String::as_str).collect::<Vec<_>>();
     assert!(!written.contains(&"needs") && written.contains(&"retries"), "a plan of before reads: {written:?}");

@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::external::write_atomically;
 use super::layout::PLAN_FILE;
 use crate::plan::{Part, Plan, PlannedNode, Sources, Verdict, parts, value_leaves};
-use crate::spec::{Origin, Resolved, Sweep};
+use crate::spec::{Origin, Overrides, Resolved, Sweep};
 
 /// Version of [`SavedPlan`]: 2 added where it was planned, content hashes and code versions.
 pub const PLAN_VERSION: u32 = 2;
@@ -44,6 +44,15 @@ pub struct SavedPlan {
     /// Folder in which the command was given; unknown before version 2.
     #[serde(default)]
     pub directory: Option<PathBuf>,
+    /// What the command line changed; unknown before version 2.
+    #[serde(default)]
+    pub overrides: Option<Overrides>,
+    /// Variables of the environment that the pipeline declares, as they were.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Text of each file that it was planned from, by its path in the project; unknown before version 2.
+    #[serde(default)]
+    pub sources: BTreeMap<String, String>,
     /// Its variants, when the run is a sweep.
     #[serde(default, deserialize_with = "or_default")]
     pub sweep: Option<Sweep>,
@@ -147,6 +156,9 @@ impl SavedPlan {
             file: Some(resolved.experiment_file.as_ref().unwrap_or(&resolved.pipeline_file).clone()),
             root: Some(resolved.root.clone()),
             directory,
+            overrides: Some(resolved.overrides.clone()),
+            env: resolved.env.clone(),
+            sources: resolved.sources.clone(),
             sweep: resolved.sweep.clone(),
             plan: SavedGraph { nodes: plan.nodes.iter().map(SavedPlanned::of).collect() },
         }
