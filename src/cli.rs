@@ -103,6 +103,7 @@ impl std::error::Error for Wrong {}
 pub fn main() -> ExitCode {
     start_logging();
     let cli = Cli::parse();
+    quiet_broken_pipes();
     // A panic is a bug and must not look like a failed node.
     match panic::catch_unwind(|| dispatch(&cli.command)) {
         Ok(Ok(exit)) => exit.into(),
@@ -110,6 +111,8 @@ pub fn main() -> ExitCode {
             eprintln!("error: {error:#}");
             exit_of(&error).into()
         }
+        // Who reads has gone, as `head` does: nobody is left to tell anything.
+        Err(payload) if is_broken_pipe(payload.as_ref()) => Exit::Done.into(),
         Err(_) => {
             eprintln!("this is a bug in deepgen; the run is safe: the same command goes on with it");
             Exit::Bug.into()
@@ -148,6 +151,21 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Retry(args) => commands::retry::retry(args),
         Command::State(args) => commands::state::state(args),
     }
+}
+
+/// Standard output that is closed early is no bug: such a panic of `println!` says nothing.
+fn quiet_broken_pipes() {
+    let default = panic::take_hook();
+    panic::set_hook(Box::new(move |info| {
+        if !is_broken_pipe(info.payload()) {
+            default(info);
+        }
+    }));
+}
+
+fn is_broken_pipe(payload: &(dyn std::any::Any + Send)) -> bool {
+    let is_broken = |text: &String| text.starts_with("failed printing to stdout") && text.contains("Broken pipe");
+    payload.downcast_ref::<String>().is_some_and(is_broken)
 }
 
 /// Returns what a command line that started a run changed in its pipeline; nothing when this program cannot read it.
