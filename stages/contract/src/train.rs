@@ -158,6 +158,20 @@ pub struct LoopSettings {
     pub log_every: u64,
     /// Batches prepared ahead.
     pub prefetch: usize,
+    /// A moving average of what trains, kept beside it; none in the release. `handoff` says which of the two goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema: Option<EmaSettings>,
+}
+
+/// An exponential moving average of the weights (docs/spec/rl.md section 9).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct EmaSettings {
+    /// Largest decay: the share of the old average that an update keeps. It begins small and grows.
+    pub decay: f64,
+    /// Updates of the optimiser between updates of the average.
+    pub interval: u64,
 }
 
 /// Regression of the bridge on the conditions that the base's own text encoder gives (shapes world only).
@@ -210,6 +224,27 @@ pub struct HandoffSettings {
     pub lora: LoraHandoff,
     /// Number format of the written weights.
     pub dtype: FloatKind,
+    /// Which weights of the checkpoint go on.
+    #[serde(default, skip_serializing_if = "TrainedSource::is_last")]
+    pub from: TrainedSource,
+}
+
+/// Which weights of a checkpoint are handed on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum TrainedSource {
+    /// Those after the last update.
+    #[default]
+    Last,
+    /// Their moving average, which the training must have kept (`train.ema`).
+    Ema,
+}
+
+impl TrainedSource {
+    fn is_last(&self) -> bool {
+        *self == Self::Last
+    }
 }
 
 /// What becomes of adapters at a hand-off.

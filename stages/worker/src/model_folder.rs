@@ -16,11 +16,14 @@ use deepgen_model::weights::{self, StoredType, WeightFile};
 use deepgen_model::{Device, Tensor, lora};
 
 use crate::base_folder::TOKENIZER_FILE;
+use crate::ema::EmaWeights;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::files;
 
 /// Trained parameters of a checkpoint artifact, by their names in the whole model.
 pub const TRAINED_FILE: &str = "trained.safetensors";
+/// Moving average of the trained parameters within a checkpoint artifact.
+pub const EMA_FILE: &str = "ema.safetensors";
 /// Description of the model that they belong to.
 pub const SPEC_FILE: &str = "model.json";
 
@@ -127,13 +130,18 @@ pub fn trained(model: &DeepGen) -> Vec<(String, TensorData)> {
     tensors
 }
 
-/// Writes a checkpoint artifact: the parameters that trained, and what model they belong to.
+/// Writes a checkpoint artifact: the parameters that trained, their moving average if there is one, and what model they
+/// belong to.
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn write_checkpoint(model: &DeepGen, out: &Path) -> JobResult<()> {
+pub fn write_checkpoint(model: &DeepGen, ema: Option<&EmaWeights>, out: &Path) -> JobResult<()> {
     weights::save(&out.join(TRAINED_FILE), &trained(model), StoredType::F32, &BTreeMap::new())
         .or_io(|| "write the trained parameters")?;
+    if let Some(ema) = ema {
+        weights::save(&out.join(EMA_FILE), &ema.averages(), StoredType::F32, &BTreeMap::new())
+            .or_io(|| "write the moving average")?;
+    }
     files::write_json(&out.join(SPEC_FILE), model.spec()).or_io(|| "write the model's description")
 }
 

@@ -161,12 +161,13 @@ impl AdamW {
     }
 }
 
-/// f32 holds integers of 24 bits exactly; checkpoints hold f32.
-fn split_count(count: u64) -> TensorData {
+/// Returns a count as two floats: f32 holds integers of 24 bits exactly; checkpoints hold f32.
+pub fn split_count(count: u64) -> TensorData {
     TensorData::new(vec![(count & 0xFF_FFFF) as f32, (count >> 24) as f32], [2])
 }
 
-fn join_count(data: &TensorData) -> u64 {
+/// Returns the count that [`split_count`] split.
+pub fn join_count(data: &TensorData) -> u64 {
     let parts: Vec<f32> = data.iter::<f32>().collect();
     parts[0] as u64 | (parts[1] as u64) << 24
 }

@@ -1,6 +1,7 @@
 //! Stage 3 without a network: transitions, advantages, policy losses, divergence, averages, text rewards.
 
 use deepgen_contract::rl::{AdvantageKind, KlKind, SdeKind};
+use deepgen_contract::train::EmaSettings;
 use deepgen_judge::text::{TextScoring, edit_distance, similarity, single_segment_reward};
 use deepgen_model::Tensor;
 use deepgen_model::flow::NUM_TRAIN_TIMESTEPS;
@@ -11,7 +12,7 @@ use super::case::{Case, Inputs, Settings};
 use super::compare::{Checker, OUTPUTS, Quantity};
 use super::error::{ParityError, ParityResult};
 use crate::advantage::RewardTable;
-use crate::ema::{Ema, EmaSettings};
+use crate::ema::Ema;
 use crate::guard::{GuardInputs, guarded_loss, guarded_loss_of_paper};
 use crate::nft::{NftInputs, NftSettings, nft_loss};
 use crate::objective::{PolicyLoss, Prediction, Transition, bounded_ratio, clipped_loss};

@@ -7,16 +7,16 @@ use std::collections::BTreeMap;
 
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::model::ModelSpec;
-use deepgen_contract::train::{HandoffSettings, LoraHandoff};
+use deepgen_contract::train::{HandoffSettings, LoraHandoff, TrainedSource};
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::lora;
 use deepgen_model::weights::WeightFile;
 
 use super::assemble::stored_type;
 use crate::base_folder::TOKENIZER_FILE;
-use crate::error::{JobResult, OrFail};
+use crate::error::{JobError, JobResult, OrFail};
 use crate::job::{JobContext, JobEnd, JobReport};
-use crate::model_folder::{self, SPEC_FILE, TRAINED_FILE};
+use crate::model_folder::{self, EMA_FILE, SPEC_FILE, TRAINED_FILE};
 
 /// Writes the weights.
 ///
@@ -32,15 +32,26 @@ pub fn run(settings: &HandoffSettings, context: &mut JobContext) -> JobResult<Jo
     let parts = model_folder::load_parts(&weights, &device)?;
     let parts = model_folder::extend(parts, &spec, context.spec.seed, &device)?;
     let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?;
-    let trained = WeightFile::open(&checkpoint.join(TRAINED_FILE)).or_input(|| "the checkpoint")?;
+    let file = match settings.from {
+        TrainedSource::Last => TRAINED_FILE,
+        TrainedSource::Ema if checkpoint.join(EMA_FILE).exists() => EMA_FILE,
+        TrainedSource::Ema => {
+            return Err(JobError::input(
+                "`from = \"ema\"`, but the training kept no moving average: set its `train.ema`, or `from` to `last`",
+            ));
+        }
+    };
+    let trained = WeightFile::open(&checkpoint.join(file)).or_input(|| "the checkpoint")?;
     let mut origins: BTreeMap<String, u64> = BTreeMap::new();
     for name in trained.names() {
         let part = name.split('.').next().unwrap_or(name).to_owned();
         *origins.entry(part).or_default() += 1;
     }
     let mut parts = model_folder::lay_over(model, &trained, "")?.into_parts();
-    let mut notes: Vec<String> =
-        origins.iter().map(|(part, count)| format!("{count} tensors of {part} come from the checkpoint")).collect();
+    let mut notes: Vec<String> = origins
+        .iter()
+        .map(|(part, count)| format!("{count} tensors of {part} come from the checkpoint's {file}"))
+        .collect();
     if parts.spec.lora.is_some() && settings.lora == LoraHandoff::Merge {
         parts.vlm = parts.vlm.take().map(lora::merge);
         parts.spec.lora = None;

@@ -63,7 +63,7 @@ pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd>
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
-    model_folder::write_checkpoint(trainer.model(), &context.out())?;
+    model_folder::write_checkpoint(trainer.model(), None, &context.out())?;
     notes.push(format!("{} updates of the optimiser", trainer.optimizer.updates()));
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }

@@ -21,6 +21,7 @@ use deepgen_model::trainable;
 use deepgen_model::weights::WeightFile;
 
 use crate::checkpoint::NamedTensors;
+use crate::ema::EmaWeights;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
@@ -57,13 +58,14 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
-    model_folder::write_checkpoint(trainer.model(), &context.out())?;
+    model_folder::write_checkpoint(trainer.model(), trainer.ema.as_ref(), &context.out())?;
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
 
 struct StageTrainer {
     model: Option<DeepGen>,
     optimizer: AdamW,
+    ema: Option<EmaWeights>,
     gradients: GradientSum,
     flow: FlowStep,
     loader: Arc<Loader>,
@@ -132,6 +134,7 @@ impl StageTrainer {
         };
         Ok(Self {
             held_out: held_out_batches(&loader)?,
+            ema: settings.train.ema.as_ref().map(|ema| EmaWeights::new(ema, &model)),
             model: Some(model),
             optimizer: AdamW::new(&settings.optimizer),
             gradients: GradientSum::default(),
@@ -201,6 +204,7 @@ impl Trainer for StageTrainer {
         if step == warm {
             // Nothing of the warm start but the weights carries over.
             self.gradients = GradientSum::default();
+            self.ema = self.settings.train.ema.as_ref().map(|ema| EmaWeights::new(ema, self.model()));
         }
         let iteration = step - warm;
         let batch = self.batch(iteration)?;
@@ -236,6 +240,9 @@ impl Trainer for StageTrainer {
             let gradients = std::mem::take(&mut self.gradients);
             let model = self.model.take().expect("a step leaves the weights in place");
             let (model, norm) = self.optimizer.update(model, gradients, lr)?;
+            if let Some(ema) = &mut self.ema {
+                ema.step(&model);
+            }
             self.model = Some(model);
             metrics.insert("train/grad_norm".into(), norm);
             metrics.insert("train/lr".into(), lr);
@@ -274,6 +281,7 @@ impl Trainer for StageTrainer {
         let weights = model_folder::trained(self.model()).into_iter();
         let mut tensors: NamedTensors = weights.map(|(name, data)| (format!("{PREFIX}{name}"), data)).collect();
         tensors.extend(self.optimizer.tensors());
+        tensors.extend(self.ema.iter().flat_map(EmaWeights::tensors));
         if let Some(warm) = &self.warm_start {
             tensors.extend(warm.tensors());
         }
@@ -286,6 +294,9 @@ impl Trainer for StageTrainer {
         self.gradients = GradientSum::default();
         let device = self.flow.device.clone().without_autodiff();
         self.optimizer.restore(file, "optimizer.", &device)?;
+        if let Some(ema) = &mut self.ema {
+            ema.restore(file, &device)?;
+        }
         match &mut self.warm_start {
             Some(warm) => warm.restore(file, &device),
             None => Ok(()),
