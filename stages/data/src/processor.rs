@@ -183,7 +183,8 @@ mod tests {
         assert_eq!(smart_resize(61, 83, 28, range), Ok((56, 84)));
         // 42 / 28 = 1.5 rounds to the even 2, 70 / 28 = 2.5 to 2 as well.
         assert_eq!(smart_resize(42, 70, 28, range), Ok((56, 56)));
-        assert_eq!(smart_resize(13, 700, 28, range), Ok((28, 784)));
+        // Too few pixels once a side rounds to nothing: both grow by the root of 3136 / (13 * 700), rounded up.
+        assert_eq!(smart_resize(13, 700, 28, range), Ok((28, 420)));
         let small = [6272, 9408];
         let (rows, columns) = smart_resize(1080, 1920, 28, small).unwrap();
         assert!(rows * columns <= 9408 && rows % 28 == 0 && columns % 28 == 0);
