@@ -116,6 +116,12 @@ impl Archive {
         Ok(values.chunks(width).map(<[i64]>::to_vec).collect())
     }
 
+    /// Returns the 2-norm of all tensors together.
+    pub fn norm(&self) -> f64 {
+        let squares = self.arrays.values().flat_map(Array::floats).map(|value| f64::from(value).powi(2));
+        squares.sum::<f64>().sqrt()
+    }
+
     /// Returns how many tensors `prefix0`, `prefix1`, ... there are, other name parts after the number allowed.
     pub fn count(&self, prefix: &str) -> usize {
         (0..)

@@ -37,6 +37,8 @@ const DEVICE_FACTOR: f64 = 10.0;
 const NOISE_FACTOR: f64 = 4.0;
 /// A gradient of smaller norm is rounding noise: zero in exact arithmetic.
 const ROUNDING: f64 = 1e-6;
+/// So is one that is smaller than this share of all the case's gradients together.
+const ROUNDING_SHARE: f64 = 1e-7;
 /// Largest mean difference of 8-bit pixels after normalisation.
 const LEVEL_MEAN: f64 = 1e-3;
 
@@ -84,6 +86,8 @@ pub struct Checker {
     limits: serde_json::Value,
     noise_floor: serde_json::Value,
     factor: f64,
+    /// Norm below which a gradient is rounding noise.
+    rounding: f64,
     lines: Vec<Line>,
 }
 
@@ -103,11 +107,18 @@ impl Checker {
             let label = if file == GRADS { "grad " } else { "" };
             expected.insert(file, Expected { label, archive: case.archive(file)?, seen: BTreeSet::new() });
         }
+        let norm = expected.get(GRADS).map_or(0.0, |gradients| gradients.archive.norm());
         Ok(Self {
             expected,
-            limits: case.config.value["tolerances"].clone(),
+            limits: ["tolerances", "tolerance"]
+                .iter()
+                .map(|key| &case.config.value[*key])
+                .find(|own| !own.is_null())
+                .cloned()
+                .unwrap_or_default(),
             noise_floor: case.config.value["noise_floor"].clone(),
             factor: if is_cpu { 1.0 } else { DEVICE_FACTOR },
+            rounding: ROUNDING.max(ROUNDING_SHARE * norm),
             lines: Vec::new(),
         })
     }
@@ -250,9 +261,9 @@ impl Checker {
             Quantity::Levels(level) => difference.max_abs <= level && difference.mean_abs <= LEVEL_MEAN,
             _ => difference.relative() <= limit,
         };
-        if quantity == Quantity::Gradient && difference.size < ROUNDING {
+        if quantity == Quantity::Gradient && difference.size < self.rounding {
             // Softmax does not see a bias that all keys share, for example.
-            passed = difference.ours < ROUNDING;
+            passed = difference.ours < self.rounding;
             note = "rounding noise: zero in exact arithmetic".into();
         }
         if difference.count_differs || !shapes_agree {

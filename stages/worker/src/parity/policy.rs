@@ -36,7 +36,8 @@ pub fn run(case: &Case, check: &mut Checker) -> ParityResult<()> {
     check.floats(OUTPUTS, "sigmas", levels, &[steps + 1], Quantity::Schedule)?;
     for (sde, name) in SAMPLERS {
         for eta in case.config.get::<Vec<f64>>("etas")? {
-            let prefix = format!("{name}.eta{eta}.");
+            // Debug writes whole numbers as Python does: 1.0.
+            let prefix = format!("{name}.eta{eta:?}.");
             transitions(check, &inputs, &at_steps(&inputs, &levels_f64, sde, eta)?, &prefix)?;
         }
     }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use deepgen_contract::model::{BaseModelConfig, BridgeLayers, ModelSpec, Padding};
+use deepgen_contract::model::{BaseModelConfig, BridgeLayers, ModelSpec, Padding, STACKED_LAYER_STEP};
 use deepgen_contract::train::FloatKind;
 use deepgen_data::batch::Batch;
 use deepgen_data::prompt::{encode_image_to_image, encode_text_to_image};
@@ -50,8 +50,14 @@ fn load(case: &Case) -> ParityResult<Whole> {
     let adapters = language::adapters(&table("lora")?)?;
     let (dit_config, dual) = hub::dit(&table("transformer_config")?)?;
     let (vlm_config, _) = hub::vlm(&case.settings("lmm/config.json")?, pad)?;
+    // Where the rule does not give six layers, as in a shallow decoder, the case goes on with what it gives.
+    let num_layers = vlm_config.language.num_hidden_layers;
+    let layers = match BridgeLayers::Rule.resolve(num_layers) {
+        Ok(_) => BridgeLayers::Rule,
+        Err(_) => BridgeLayers::Listed((1..num_layers).rev().step_by(STACKED_LAYER_STEP).collect()),
+    };
     let spec = ModelSpec {
-        bridge: Some(bridge_config(&table("connector_config")?, BridgeLayers::Rule, case.config.get("num_queries")?)?),
+        bridge: Some(bridge_config(&table("connector_config")?, layers, case.config.get("num_queries")?)?),
         base: BaseModelConfig {
             vlm: vlm_config,
             dit: dit_config,
