@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy parity test-e2e ci fmt lint build base small sweep plan-paper bench-model
+.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -23,6 +23,9 @@ parity: build          ## every number of the reference implementations against 
 
 test-e2e: build        ## a short pipeline with the real worker, undisturbed and killed: same bits
 	DEEPGEN_E2E_BIN=$(abspath $(TARGET))/release cargo test --locked --test e2e -- --ignored --test-threads=1 --nocapture
+
+soak:                  ## 200 random kills -9 of orchestrator and workers (minutes); DEEPGEN_SOAK_SEED picks others
+	cargo test --locked --test storm -- --ignored --nocapture
 
 ci: fmt lint test      ## what .ci/run runs
 

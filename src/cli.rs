@@ -62,6 +62,8 @@ enum Command {
     Stop(commands::stop::StopArgs),
     /// Try again what a run left undone, exactly as it was planned then
     Retry(commands::retry::RetryArgs),
+    /// Remove results and checkpoints that no kept run needs; dry unless told otherwise
+    Gc(commands::gc::GcArgs),
     /// Compare the resumable state with the journals, or make it again from them
     State(commands::state::StateArgs),
 }
@@ -149,6 +151,7 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Attach(args) => commands::attach::attach(args),
         Command::Stop(args) => commands::stop::stop(args),
         Command::Retry(args) => commands::retry::retry(args),
+        Command::Gc(args) => commands::gc::gc(args),
         Command::State(args) => commands::state::state(args),
     }
 }

@@ -135,30 +135,107 @@ fn an_orphan_of_an_earlier_attempt_cannot_be_sealed() {
 }
 
 #[test]
-fn damaged_state_is_set_aside_and_the_run_goes_on() {
-    for damage in [damage_remove, damage_garbage, damage_truncate] {
+fn damaged_state_is_told_of_set_aside_and_made_again() {
+    let damages: [(&str, fn(&Project)); 6] = [
+        ("deleted", damage_delete),
+        ("emptied", damage_empty),
+        ("another database", damage_replace),
+        ("garbage", damage_garbage),
+        ("truncated", damage_truncate),
+        ("a truncated snapshot", damage_snapshot),
+    ];
+    for (name, damage) in damages {
         let project = slow();
         let running = project.start();
         project.wait_for_checkpoint("sft", 1, 5);
         running.kill();
         damage(&project);
-        project.run().expect(0).says("goes on with a run");
+        let ran = project.run().expect(0).says("goes on with a run");
+        let told = ["rebuilt the state", "aside", "up to its journal"];
+        assert!(told.iter().any(|text| ran.stderr.contains(text)), "{name}: nothing is said:\n{}", ran.stderr);
         assert_finished(&project, 1);
+        project.deepgen(&["state", "verify"]).expect(0);
+        project.run().expect(0).prints("0 ran, 6 cached");
     }
 }
 
-fn damage_remove(project: &Project) {
-    fs::remove_dir_all(project.path("artifacts/state/db")).unwrap();
+fn database(project: &Project) -> std::path::PathBuf {
+    project.path("artifacts/state/db")
+}
+
+fn damage_delete(project: &Project) {
+    fs::remove_dir_all(database(project)).unwrap();
+}
+
+fn damage_empty(project: &Project) {
+    damage_delete(project);
+    fs::create_dir(database(project)).unwrap();
+}
+
+fn damage_replace(project: &Project) {
+    damage_delete(project);
+    sled::open(database(project)).unwrap().flush().unwrap();
 }
 
 fn damage_garbage(project: &Project) {
-    fs::write(project.path("artifacts/state/db/db"), [0x5A; 4096]).unwrap();
+    fs::write(database(project).join("db"), [0x5A; 4096]).unwrap();
 }
 
 fn damage_truncate(project: &Project) {
-    let db = project.path("artifacts/state/db/db");
+    let db = database(project).join("db");
     let text = fs::read(&db).unwrap();
     fs::write(&db, &text[..text.len() / 3]).unwrap();
+}
+
+fn damage_snapshot(project: &Project) {
+    fs::write(database(project).join("snap.00000000000FFFFF"), [0x5A; 5]).unwrap();
+}
+
+/// A tmpfs of a few MiB in a namespace of its own stands for the disk; the worker fills it when its result is complete.
+#[test]
+fn a_full_disk_while_sealing_loses_nothing() {
+    let can_mount =
+        std::process::Command::new("unshare").args(["-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]).status();
+    if !can_mount.is_ok_and(|status| status.success()) {
+        eprintln!("skipped: this machine does not let tests mount a file system of their own");
+        return;
+    }
+    let script = r#"
+        mount -t tmpfs -o size=6M tmpfs artifacts || exit 9
+        "$@" > first.out 2> first.err; echo $? > first.code
+        rm artifacts/filler
+        echo '{ "sft": { "steps": 60 } }' > fake-worker.json
+        "$@" > second.out 2> second.err || { cat second.err >&2; exit 8; }
+        "$1" state verify > verify.out || { cat verify.out >&2; exit 7; }
+        cat artifacts/store/*/parts/result.txt
+        ls artifacts/store | grep -v '^................................................................$' >&2
+        exit 0
+    "#;
+    let mut expected: Vec<&String> = undisturbed().values().collect();
+    expected.sort();
+    let mut num_failed = 0;
+    for num_pages in [0, 1, 2, 3, 4, 6, 9, 14] {
+        let project = Project::new();
+        project.script(json!({ "sft": { "steps": 60, "fill_disk_but": num_pages } }));
+        fs::create_dir(project.path("artifacts")).unwrap();
+        let deepgen = project.run_command(&[]);
+        let mut command = std::process::Command::new("unshare");
+        command.args(["-rm", "sh", "-c", script, "sh"]).arg(deepgen.get_program()).args(deepgen.get_args());
+        let ran: harness::Ran = command.current_dir(project.path(".")).output().unwrap().into();
+        let read = |name: &str| fs::read_to_string(project.path(name)).unwrap();
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{num_pages} pages: {}", read("first.err"));
+        let mut results: Vec<String> =
+            ran.stdout.as_bytes().chunks(64).map(|text| String::from_utf8_lossy(text).into()).collect();
+        results.sort();
+        assert_eq!(results.iter().collect::<Vec<_>>(), expected, "{num_pages} pages");
+        if read("first.code").trim() != "0" {
+            num_failed += 1;
+            assert_eq!(read("first.code").trim(), "1", "{num_pages} pages: {}", read("first.err"));
+            let said = read("first.err").to_lowercase();
+            assert!(said.contains("no space left") || said.contains("no storage space"), "{num_pages} pages: {said}");
+        }
+    }
+    assert!(num_failed > 0, "the disk was never full");
 }
 
 #[test]

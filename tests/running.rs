@@ -231,3 +231,49 @@ fn runs_tells_of_each_run_and_json_tells_the_same() {
         rows.as_array().unwrap().iter().map(|row| (row["state"].as_str().unwrap(), &row["num_done"])).collect();
     assert_eq!(states, BTreeMap::from([("failed", &json!(4)), ("done", &json!(6))]));
 }
+
+#[test]
+fn gc_tells_first_and_removes_only_what_no_kept_run_needs() {
+    let project = Project::new();
+    project.run().expect(0);
+    let old = project.status()["run"].as_str().unwrap().to_owned();
+    run_with(&project, &["--set", "sft.optimizer.lr=1e-4"]).expect(0);
+    assert_eq!(project.manifests_all().len(), 8);
+
+    // The newest run needs six of them; checkpoints of sealed nodes are of no use to anyone.
+    project
+        .deepgen(&["gc", "--keep-runs", "1"])
+        .expect(0)
+        .prints("2 x result: no kept run needs it")
+        .prints("--delete");
+    assert_eq!(project.manifests_all().len(), 8);
+    project.deepgen(&["runs", "--pin", &old]).expect(0).prints("pinned");
+    project
+        .deepgen(&["gc", "--keep-runs", "1", "--delete", "-v"])
+        .expect(0)
+        .prints(&format!("pinned run {old} needs it"));
+    assert_eq!(project.manifests_all().len(), 8);
+    assert!(!project.job("sft", 1).join("checkpoints").exists());
+    run_with(&project, &[]).expect(0).prints("0 ran, 6 cached");
+
+    project.deepgen(&["runs", "--unpin", &old]).expect(0);
+    run_with(&project, &["--set", "sft.optimizer.lr=1e-4"]).expect(0).prints("0 ran, 6 cached");
+    project.deepgen(&["gc", "--keep-runs", "1", "--delete"]).expect(0).prints("freed");
+    assert_eq!(project.manifests_all().len(), 6);
+    project.deepgen(&["state", "verify"]).expect(0);
+    project.run().expect(0).prints("2 ran, 4 cached");
+}
+
+#[test]
+fn gc_never_takes_the_last_good_checkpoint_of_an_unfinished_node() {
+    let project = Project::new();
+    project.script(json!({ "sft": { "steps": 400, "step_ms": 10, "checkpoint_every": 5 } }));
+    let running = project.start();
+    project.wait_for_checkpoint("sft", 1, 20);
+    project.deepgen(&["gc", "--delete"]).expect(4).says("in use by process");
+    running.terminate().expect(1);
+    project.deepgen(&["gc", "--delete", "--budget", "0B"]).expect(0).prints("over the budget");
+    assert_eq!(fs::read_dir(project.job("sft", 1).join("checkpoints")).unwrap().count(), 1);
+    project.script(json!({ "sft": { "steps": 400 } }));
+    project.run().expect(0).says("sft: goes on from step");
+}

@@ -19,6 +19,7 @@ pub mod diff;
 pub mod explain;
 pub mod freeze;
 pub mod graph;
+pub mod gc;
 pub mod logs;
 pub mod opening;
 pub mod plan;

@@ -5,6 +5,7 @@
 pub mod accepted;
 pub mod artifacts;
 pub mod external;
+pub mod garbage;
 pub mod glance;
 pub mod history;
 pub mod index;

@@ -34,11 +34,14 @@ struct Script {
     fail_attempts: u32,
     /// `io`, `non_finite` and so on, or `die` to leave without a word.
     fail_as: String,
+    /// Fills the disk of the artifacts when the result is complete, and leaves this many pages free.
+    fill_disk_but: Option<u64>,
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { steps: 3, step_ms: 0, checkpoint_every: 2, fail_at: 0, fail_attempts: 0, fail_as: "io".into() }
+        let fail_as = "io".into();
+        Self { steps: 3, step_ms: 0, checkpoint_every: 2, fail_at: 0, fail_attempts: 0, fail_as, fill_disk_but: None }
     }
 }
 
@@ -92,6 +95,7 @@ impl Worker<'_> {
     fn run(&self, stop: &AtomicBool) -> io::Result<Outcome> {
         self.say(WorkerEventKind::Started { pid: std::process::id(), device: "fake".into() })?;
         println!("node {} attempt {}", self.job.node, self.job.attempt);
+        self.log_start()?;
         let begun = now_ms();
         let (mut step, mut state) = self.resume()?;
         let total = self.script.steps;
@@ -116,16 +120,40 @@ impl Worker<'_> {
         self.finish(&state, begun)
     }
 
+    /// Tells the test, outside of all that the orchestrator keeps, that this fingerprint is being computed.
+    fn log_start(&self) -> io::Result<()> {
+        let path = self.job.project_root.join("side.log");
+        let mut file = OpenOptions::new().create(true).append(true).open(path)?;
+        writeln!(file, "{} {} {}", self.job.fingerprint, self.job.attempt, self.job.node)
+    }
+
+    /// Fills the disk, then gives back `num_pages`.
+    fn fill_disk(&self, num_pages: u64) -> io::Result<()> {
+        let artifacts = self.folder.ancestors().nth(3).expect("artifacts/jobs/<fingerprint>/<attempt>");
+        let mut file = File::create(artifacts.join("filler"))?;
+        let page = [0; 4096];
+        let mut num_written = 0;
+        while file.write_all(&page).is_ok() {
+            num_written += 1;
+        }
+        file.set_len(4096 * u64::saturating_sub(num_written, num_pages))
+    }
+
     /// Returns the newest checkpoint among this attempt's predecessors, or the beginning.
     fn resume(&self) -> io::Result<(u64, String)> {
         for attempt in &self.job.earlier_attempts {
             let Ok(entries) = fs::read_dir(attempt.join(CHECKPOINTS_DIR)) else { continue };
             let names = entries.filter_map(Result::ok).filter_map(|entry| entry.file_name().into_string().ok());
-            let Some(newest) = names.filter_map(|name| name.parse::<u64>().ok()).max() else { continue };
-            let path = attempt.join(CHECKPOINTS_DIR).join(newest.to_string());
-            let Checkpoint { step, state } = serde_json::from_slice(&fs::read(path.join("state.json"))?)?;
-            self.say(WorkerEventKind::Resumed { step, checkpoint: path.display().to_string() })?;
-            return Ok((step, state));
+            let mut steps: Vec<u64> = names.filter_map(|name| name.parse().ok()).collect();
+            steps.sort_unstable_by(|a, b| b.cmp(a));
+            for newest in steps {
+                let path = attempt.join(CHECKPOINTS_DIR).join(newest.to_string());
+                // A kill between the folder and its file leaves the folder.
+                let Ok(text) = fs::read(path.join("state.json")) else { continue };
+                let Checkpoint { step, state } = serde_json::from_slice(&text)?;
+                self.say(WorkerEventKind::Resumed { step, checkpoint: path.display().to_string() })?;
+                return Ok((step, state));
+            }
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update(&self.job.seed.to_le_bytes());
@@ -166,6 +194,9 @@ impl Worker<'_> {
         let out = self.folder.join(OUT_DIR);
         write_atomically(&out.join("parts/result.txt"), state.as_bytes())?;
         write_atomically(&out.join(METRICS_FILE), b"{\"step\":1,\"train/loss\":1.0}\n")?;
+        if let Some(num_pages) = self.script.fill_disk_but {
+            self.fill_disk(num_pages)?;
+        }
         Ok(Outcome::Done {
             metrics: BTreeMap::from([("train/loss".to_owned(), 1.0 / self.script.steps as f64)]),
             notes: vec!["made by a fake worker".into()],

@@ -90,6 +90,11 @@ impl Project {
         self.deepgen(&["run", "pipelines/small.toml"])
     }
 
+    /// Returns the command that runs the pipeline, not started.
+    pub fn run_command(&self, arguments: &[&str]) -> Command {
+        self.command(&[&["run", "pipelines/small.toml"], arguments].concat())
+    }
+
     /// Starts running the pipeline and returns at once.
     pub fn start(&self) -> Running<'_> {
         self.start_with(&[])
@@ -124,6 +129,12 @@ impl Project {
             (text_of(&manifest, "node"), manifest)
         };
         store.map(|entry| manifest(entry.expect("an entry").path())).collect()
+    }
+
+    /// Returns the manifests of all sealed artifacts, several of a node too.
+    pub fn manifests_all(&self) -> Vec<PathBuf> {
+        let store = fs::read_dir(self.path("artifacts/store")).expect("a store");
+        store.map(|entry| entry.expect("an entry").path()).collect()
     }
 
     /// Returns the result of each node: what must be the same however the run was disturbed.
