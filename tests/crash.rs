@@ -136,7 +136,8 @@ fn an_orphan_of_an_earlier_attempt_cannot_be_sealed() {
 
 #[test]
 fn damaged_state_is_told_of_set_aside_and_made_again() {
-    let damages: [(&str, fn(&Project)); 6] = [
+    type Damage = fn(&Project);
+    let damages: [(&str, Damage); 6] = [
         ("deleted", damage_delete),
         ("emptied", damage_empty),
         ("another database", damage_replace),
