@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model
+.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model schema fuzz-spec
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -50,3 +50,9 @@ plan-paper: build      ## the paper's recipe: sizes, updates, what is missing
 
 bench-model:           ## milliseconds of a training step of the small DiT and the autoencoder
 	cargo run --release --locked -p deepgen-model --example step_time
+
+schema:                ## writes docs/schema/ from the types
+	DEEPGEN_UPDATE_SCHEMA=1 cargo test --locked -p deepgen --lib the_copies_in_git
+
+fuzz-spec:             ## ten minutes of mutated pipeline, stage and experiment files (DEEPGEN_FUZZ_SECONDS)
+	cargo test --locked -p deepgen --test fuzz_spec -- --ignored --nocapture

@@ -7,7 +7,7 @@ use std::io;
 use std::panic;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::commands;
 use crate::store::lock::LockError;
@@ -64,6 +64,10 @@ enum Command {
     Retry(commands::retry::RetryArgs),
     /// Remove results and checkpoints that no kept run needs; dry unless told otherwise
     Gc(commands::gc::GcArgs),
+    /// Print the JSON Schema of a kind of file, for editors
+    Schema(commands::schema::SchemaArgs),
+    /// Print a script that completes commands, and names of nodes, in a shell
+    Completions(commands::completions::CompletionsArgs),
     /// Compare the resumable state with the journals, or make it again from them
     State(commands::state::StateArgs),
 }
@@ -104,6 +108,7 @@ impl std::error::Error for Wrong {}
 /// Parses the command line, runs the command and returns the exit code.
 pub fn main() -> ExitCode {
     start_logging();
+    commands::completions::answer(Cli::command);
     let cli = Cli::parse();
     quiet_broken_pipes();
     // A panic is a bug and must not look like a failed node.
@@ -152,6 +157,8 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Stop(args) => commands::stop::stop(args),
         Command::Retry(args) => commands::retry::retry(args),
         Command::Gc(args) => commands::gc::gc(args),
+        Command::Schema(args) => commands::schema::schema(args),
+        Command::Completions(args) => commands::completions::completions(args),
         Command::State(args) => commands::state::state(args),
     }
 }
@@ -190,7 +197,6 @@ fn start_logging() {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_well_formed() {

@@ -230,3 +230,60 @@ fn unverified(project: &Project) -> std::path::PathBuf {
     let mut entries = std::fs::read_dir(project.path("artifacts/store")).unwrap().map(|entry| entry.unwrap().path());
     entries.find(|path| path.file_name().unwrap().to_string_lossy().starts_with("unverified-")).unwrap()
 }
+
+#[test]
+fn bad_files_end_with_2_and_start_nothing() {
+    let project = Project::new();
+    let bad = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bad");
+    let bad = |name: &str| bad.join(name).to_string_lossy().into_owned();
+    project.deepgen(&["check", &bad("pipelines/many_at_once.toml")]).expect(2).says("unknown key `nam`").says("imprt");
+    project.deepgen(&["check", &bad("stages/wrong_settings.toml"), &bad("pipelines/good.toml")]).expect(2);
+    project.deepgen(&["check", &bad("pipelines/good.toml")]).expect(0).prints("no problems");
+    project.deepgen(&["run", &bad("pipelines/unknown_setting.toml")]).expect(2).says("nothing was started");
+    project.deepgen(&["sweep", &bad("experiments/no_variants.toml")]).expect(2);
+    assert!(!project.path("artifacts").exists());
+}
+
+#[test]
+fn a_variant_and_a_variable_of_the_environment_reach_the_jobs() {
+    let project = Project::new();
+    let more =
+        "[variant.fast]\nset = { \"sft.optimizer.lr\" = 2e-4 }\n[env]\nDEEPGEN_TEST_DECAY = 0.05\n\n[node.words]";
+    project.edit("pipelines/small.toml", "[node.words]", more);
+    project.edit(
+        "pipelines/small.toml",
+        "[node.sft]",
+        "[node.sft]\nset.optimizer.weight_decay = \"${env.DEEPGEN_TEST_DECAY}\"",
+    );
+    let plan = |arguments: &[&str]| {
+        project.deepgen(&[&["explain", "sft", "pipelines/small.toml"], arguments].concat()).expect(0)
+    };
+    plan(&[]).prints("0.00005").prints("0.05");
+    plan(&["--variant", "fast"]).prints("0.0002");
+    project.deepgen(&["plan", "pipelines/small.toml", "--variant", "fats"]).expect(2).says("did you mean `fast`?");
+}
+
+#[test]
+fn schemas_are_printed_and_shells_complete_the_names_of_nodes() {
+    let project = Project::new();
+    project.deepgen(&["schema", "stage", "train"]).expect(0).prints("optimizer");
+    project.deepgen(&["schema", "stage", "trian"]).expect(2).says("did you mean `train`?");
+    for shell in ["bash", "zsh", "fish"] {
+        project.deepgen(&["completions", shell]).expect(0).prints("COMPLETE");
+    }
+    let complete = |words: &[&str]| {
+        let index = (words.len() - 1).to_string();
+        let asked = std::process::Command::new(env!("CARGO_BIN_EXE_deepgen"))
+            .arg("--")
+            .args(words)
+            .envs([("COMPLETE", "bash"), ("_CLAP_COMPLETE_INDEX", &index), ("_CLAP_COMPLETE_COMP_TYPE", "9")])
+            .current_dir(project.path("."))
+            .output()
+            .unwrap();
+        String::from_utf8(asked.stdout).unwrap()
+    };
+    let nodes = complete(&["deepgen", "run", "pipelines/small.toml", "--only", ""]);
+    assert!(nodes.contains("poems") && nodes.contains("sft"), "{nodes}");
+    assert!(complete(&["deepgen", "plan", "pipelines/small.toml", "--profile", "sm"]).contains("small"));
+    assert!(complete(&["deepgen", "pl"]).contains("plan"));
+}

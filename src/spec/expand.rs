@@ -132,7 +132,8 @@ fn read_axis(axis: &AxisTable, problems: &mut Vec<Diagnostic>) -> Axis {
             problems.push(
                 Diagnostic::new(format!("`over.{}` lists `{label}` twice", axis.key))
                     .at(&axis.values[at].spot, "again here")
-                    .at(&axis.values[first].spot, "first here"),
+                    .at(&axis.values[first].spot, "first here")
+                    .help("take one of them out"),
             );
         }
     }

@@ -335,3 +335,24 @@ fn a_project_without_stage_files_has_the_built_in_ones_and_a_file_of_its_own_sta
     assert_eq!(text_of(&node(&mixed, "w").settings, "/filters/min_side"), "9");
     assert_eq!(node(&mixed, "base").settings, node(&built_in, "base").settings);
 }
+
+/// Nodes that the examples of docs/pipeline.md read.
+const COMMON: &str = "[pipeline]\nname = \"common\"\n[node.words]\nstage = \"prepare\"\n\
+    set.source = { kind = \"prompts\", path = \"../words.txt\" }\n[node.mix]\nstage = \"mix\"\ninputs = { words = \"words\" }\n\
+    [node.base]\nstage = \"import\"\n[variant.shuffled]\nset = { \"mix.sampling\" = \"sample_proportional\" }\n";
+
+#[test]
+fn every_example_of_the_reference_is_without_a_problem() {
+    let text = include_str!("../../docs/pipeline.md");
+    let blocks: Vec<&str> = text.split("```toml\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(blocks.len() >= 10, "{} examples", blocks.len());
+    for (at, block) in blocks.iter().enumerate() {
+        let is_whole = ["kind =", "pipeline =", "include ="].iter().any(|first| block.starts_with(first));
+        let header = if block.contains("[pipeline]") || is_whole { "" } else { "include = [\"common.toml\"]\n" };
+        let file = format!("pipelines/example-{at}.toml");
+        let example = format!("{header}{block}");
+        let project = Project::new(&[("pipelines/common.toml", COMMON), (&file, &example)]);
+        let problems = super::check(&project.path(&file), &Overrides::default());
+        assert!(problems.is_empty(), "{block}\n{}", project.text(&problems));
+    }
+}

@@ -189,7 +189,8 @@ impl<'a, 'p> Fields<'a, 'p> {
 
     fn wrong(&mut self, name: &str, tree: &Tree, message: String) {
         let key = super::path::join(&self.key, name);
-        self.problems.push(Diagnostic::new(format!("`{key}`: {message}")).at(&tree.spot, "here"));
+        let (message, help) = message.split_once(": ").unwrap_or((&message, "write it otherwise"));
+        self.problems.push(Diagnostic::new(format!("`{key}`: {message}")).at(&tree.spot, "here").help(help));
     }
 
     /// Returns a table's entries in order of writing.
@@ -220,7 +221,8 @@ impl<'a, 'p> Fields<'a, 'p> {
     pub fn require(&mut self, name: &str, at: &Spot) {
         if !self.table.contains_key(name) {
             let of = if self.key.is_empty() { String::new() } else { format!(" in `{}`", self.key) };
-            self.problems.push(Diagnostic::new(format!("missing key `{name}`{of}")).at(at, "not here"));
+            let problem = Diagnostic::new(format!("missing key `{name}`{of}")).at(at, "not here");
+            self.problems.push(problem.help(format!("add {name} = \"...\"")));
         }
     }
 }

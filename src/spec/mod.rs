@@ -3,6 +3,8 @@
 
 mod assignment;
 mod axes;
+#[cfg(test)]
+mod bad_tests;
 mod command;
 pub mod diagnostic;
 mod embedded;
@@ -23,6 +25,7 @@ mod reference;
 mod resolve;
 mod resolved;
 mod run_table;
+pub mod schema;
 mod scope;
 mod shape;
 mod smoke;

@@ -213,7 +213,8 @@ fn scope(
 
 /// Returns every profile that a file of the pipeline knows.
 fn known_profiles(project: &Project, pipeline: &Pipeline) -> Vec<String> {
-    let all = project.profiles().chain([PAPER_PROFILE]).chain(pipeline.profiles.keys().map(String::as_str));
+    let always = [PAPER_PROFILE, "shapes", "small", DEFAULT_PROFILE];
+    let all = project.profiles().chain(always).chain(pipeline.profiles.keys().map(String::as_str));
     all.collect::<BTreeSet<&str>>().into_iter().map(str::to_owned).collect()
 }
 

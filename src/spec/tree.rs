@@ -369,7 +369,8 @@ fn syntax_error(error: &toml::de::Error, tree: &Tree, whole: &Spot) -> Option<Di
     let span = error.span().unwrap_or(0..0);
     let spot = Spot { start: span.start, end: span.end, ..whole.clone() };
     if error.message() != "duplicate key" {
-        return Some(Diagnostic::new(format!("{NOT_TOML}: {}", error.message())).at(&spot, "here"));
+        let problem = Diagnostic::new(format!("{NOT_TOML}: {}", error.message())).at(&spot, "here");
+        return Some(problem.help(remedy(error.message())));
     }
     let (keys, header) = keys_at(&spot);
     let first = if header.start <= spot.start && spot.end <= header.end {
@@ -390,12 +391,24 @@ fn syntax_error(error: &toml::de::Error, tree: &Tree, whole: &Spot) -> Option<Di
         [table, name] if table == "node" => format!("two nodes are named `{name}`"),
         _ => format!("`{name}` is written twice"),
     };
-    Some(match first.filter(|first| first.start < spot.start) {
+    let problem = match first.filter(|first| first.start < spot.start) {
         Some(first) => Diagnostic::new(format!("{what}: in line {} and in line {}", first.line(), spot.line()))
             .at(&spot, "again here")
             .at(&first, "first here"),
         None => Diagnostic::new(format!("{what}: once more in line {}", spot.line())).at(&spot, "again here"),
-    })
+    };
+    Some(problem.help("take one of them out, or give it another name"))
+}
+
+/// Returns what to do about a syntax error of the parser's.
+fn remedy(message: &str) -> &'static str {
+    match message {
+        _ if message.contains("string") => "close the text with the quotes that it begins with",
+        _ if message.contains("unclosed") => "close the bracket",
+        _ if message.contains("comma") => "put a comma between the two",
+        _ if message.contains("invalid") => "a text needs quotes, and each key its own line: key = \"value\"",
+        _ => "write key = value, a line each; the rest of the file is checked all the same",
+    }
 }
 
 /// Returns every table header with its keys, in order.

@@ -120,7 +120,8 @@ impl Nodes<'_> {
                 let Some(node) = value.text() else {
                     let message =
                         format!("`over.{}` lists {}, but must list names of nodes", axis.key, value.value.kind());
-                    self.problems.push(Diagnostic::new(message).at(&value.spot, "expected a text"));
+                    let problem = Diagnostic::new(message).at(&value.spot, "expected a text");
+                    self.problems.push(problem.help("write the name of a node in quotes"));
                     references.push(None);
                     continue;
                 };
@@ -185,7 +186,7 @@ impl Nodes<'_> {
         let fits = |at: &usize| self.made[*at].map(|made| made.output) == Some(port.accepts);
         let fitting: Vec<&str> = self.index.iter().filter(|(_, at)| fits(at)).map(|(name, _)| *name).collect();
         self.problems.push(match fitting.is_empty() {
-            true => problem,
+            true => problem.help(format!("no node of this pipeline makes {}: add one", port.accepts)),
             false => problem.help(format!("nodes that make {}: {}", port.accepts, quoted_list(&fitting))),
         });
     }
