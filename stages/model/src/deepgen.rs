@@ -10,7 +10,7 @@ use deepgen_contract::model::{BridgeConfig, ModelSpec};
 
 use crate::bridge::{Bridge, Condition};
 use crate::dit::{self, Dit};
-use crate::flow::{add_noise, losses};
+use crate::flow::{add_noise, ragged_loss};
 use crate::nn::to_dtype;
 use crate::parts::{Parts, PartsError};
 use crate::vae::Vae;
@@ -202,9 +202,9 @@ impl DeepGen {
         let timestep_b = Tensor::cat(noisy.iter().map(|own| own.timestep_b.clone()).collect(), 0);
         let latents: Vec<Tensor<3>> = noisy.iter().map(|own| own.latents.clone().squeeze_dim(0)).collect();
         let velocities = self.velocity_ragged(&latents, timestep_b, condition, &targets.references);
-        let each =
-            velocities.iter().zip(noisy).map(|(v, own)| losses(v.clone().unsqueeze::<4>(), own.target)).collect();
-        FlowOutput { velocities, loss: Tensor::cat(each, 0).mean() }
+        let pairs = velocities.iter().zip(noisy).map(|(velocity, own)| (velocity.clone().unsqueeze::<4>(), own.target));
+        let loss = ragged_loss(pairs);
+        FlowOutput { velocities, loss }
     }
 
     /// Encodes images in [-1, 1] to latents sampled with `noise`, off the tape.

@@ -88,6 +88,14 @@ pub fn loss(prediction: Tensor<4>, target: Tensor<4>) -> Tensor<1> {
     losses(prediction, target).mean()
 }
 
+/// Returns the loss of samples whose sizes may differ: as in [`loss`], every image counts the same.
+///
+/// # Shapes
+/// a prediction and a target [1, c, h, w] of each sample -> [1]
+pub fn ragged_loss(pairs: impl IntoIterator<Item = (Tensor<4>, Tensor<4>)>) -> Tensor<1> {
+    Tensor::cat(pairs.into_iter().map(|(prediction, target)| losses(prediction, target)).collect(), 0).mean()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,7 +11,7 @@ use deepgen_contract::model::{
 };
 use deepgen_model::bridge::Bridge;
 use deepgen_model::dit::{Condition, Dit};
-use deepgen_model::flow::{NUM_TRAIN_TIMESTEPS, TrainingTable, losses, shift_sigma};
+use deepgen_model::flow::{NUM_TRAIN_TIMESTEPS, TrainingTable, losses, ragged_loss, shift_sigma};
 use deepgen_model::init::Init;
 use deepgen_model::sampler::sigmas;
 use deepgen_model::vae::Vae;
@@ -262,18 +262,19 @@ fn every_image_counts_the_same_in_the_loss_whatever_its_size() {
     let reference = |i: usize, j: usize| input::<3>(case, &format!("cond_hidden_states.{i}.{j}"));
     let references = [vec![reference(0, 0)], vec![reference(1, 0), reference(1, 1)], vec![]];
     let velocities = dit.forward_ragged(&latents, &condition, &references);
-    let each: Vec<Tensor<1>> = velocities
+    let pairs: Vec<(Tensor<4>, Tensor<4>)> = velocities
         .iter()
         .enumerate()
         .map(|(i, velocity)| {
             let target: Tensor<3> = input(case, &format!("target.{i}"));
-            losses(velocity.clone().unsqueeze::<4>(), target.unsqueeze::<4>())
+            (velocity.clone().unsqueeze::<4>(), target.unsqueeze::<4>())
         })
         .collect();
     let sizes: Vec<f64> = latents.iter().map(|latent| latent.shape().num_elements() as f64).collect();
-    let ours = Tensor::cat(each.clone(), 0).mean();
+    let ours = ragged_loss(pairs.clone());
     // The naive version averages over all numbers of the batch, so that large images count more.
-    let weighted = each.into_iter().zip(&sizes).map(|(loss, size)| loss.mul_scalar(*size));
+    let each = pairs.into_iter().map(|(velocity, target)| losses(velocity, target));
+    let weighted = each.zip(&sizes).map(|(loss, size)| loss.mul_scalar(*size));
     let naive = Tensor::cat(weighted.collect::<Vec<_>>(), 0).sum().div_scalar(sizes.iter().sum::<f64>());
     let off = |loss: Tensor<1>| distance(case, "loss", &loss.into_data());
     assert_only_ours("loss", off(ours), off(naive), FORWARD);

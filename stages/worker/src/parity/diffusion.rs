@@ -2,7 +2,7 @@
 
 use burn::tensor::TensorData;
 use deepgen_model::dit::{Condition, Dit};
-use deepgen_model::flow::{NUM_TRAIN_TIMESTEPS, TrainingTable, loss, losses};
+use deepgen_model::flow::{NUM_TRAIN_TIMESTEPS, TrainingTable, loss, ragged_loss};
 use deepgen_model::probe;
 use deepgen_model::sampler::{Guided, TimeShift, dynamic_mu, euler, shifted_sigmas, sigmas};
 use deepgen_model::{Tensor, dit};
@@ -124,11 +124,11 @@ pub fn ragged(case: &Case, check: &mut Checker) -> ParityResult<()> {
     let references: Vec<Vec<Tensor<3>>> =
         (0..latents.len()).map(|i| inputs.list(&format!("cond_hidden_states.{i}."))).collect::<ParityResult<_>>()?;
     let (velocities, readings) = probe::record(|| dit.forward_ragged(&latents, &condition, &references));
-    let mut each = Vec::new();
+    let mut pairs = Vec::new();
     for (i, velocity) in velocities.into_iter().enumerate() {
         check.tensor(&format!("sample.{i}"), velocity.clone(), Quantity::Forward)?;
         let target: Tensor<3> = inputs.tensor(&format!("target.{i}"))?;
-        each.push(losses(velocity.unsqueeze::<4>(), target.unsqueeze::<4>()));
+        pairs.push((velocity.unsqueeze::<4>(), target.unsqueeze::<4>()));
     }
     let readings = Readings::new(readings);
     check_probes(check, &readings, "", &[("tokens", "tokens")])?;
@@ -141,7 +141,7 @@ pub fn ragged(case: &Case, check: &mut Checker) -> ParityResult<()> {
         None => vec![1; b * n],
     };
     check.integers("token_mask", mask, &[b, n])?;
-    let total = Tensor::cat(each, 0).mean();
+    let total = ragged_loss(pairs);
     check.scalar("loss", total.clone(), Quantity::Forward)?;
     let sum = check.gradients(&dit, total.backward(), |name| Some(name.to_owned()))?;
     check_norms(case, check, |name| sum.get(name));
