@@ -28,6 +28,10 @@ const EXIT_HELP: &str = "Exit codes: 0 done, 1 a node failed or the run could no
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Write a new project that runs at once
+    Init(commands::init::InitArgs),
+    /// Say what this machine can do for a run, and what is missing
+    Doctor(commands::doctor::DoctorArgs),
     /// Run a pipeline: compute every node whose result is not there yet
     Run(commands::run::RunArgs),
     /// Run all variants of an experiment as one plan, shared nodes once
@@ -139,6 +143,8 @@ fn exit_of(error: &anyhow::Error) -> Exit {
 
 fn dispatch(command: &Command) -> anyhow::Result<Exit> {
     match command {
+        Command::Init(args) => commands::init::init(args),
+        Command::Doctor(args) => commands::doctor::doctor(args),
         Command::Run(args) => commands::run::run(args),
         Command::Sweep(args) => commands::run::sweep(args),
         Command::Plan(args) => commands::plan::plan(args),

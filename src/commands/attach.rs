@@ -53,6 +53,7 @@ pub fn attach(args: &AttachArgs) -> Result<Exit> {
     let run_dir = layout.run(&run);
     let index = RunIndex::read(&run_dir)?;
     let mut progress = progress::choose(args.json, args.quiet);
+    progress.begin(index.nodes.len());
     let mut watched = Watched { layout: &layout, view: RunView::default(), workers: BTreeMap::new() };
     let mut tail = JournalTail::new(&run_dir);
     loop {

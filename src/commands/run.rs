@@ -166,6 +166,7 @@ pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<
     }
 
     let mut progress = progress::choose(how.json, how.quiet);
+    progress.begin(selected.plan.nodes.len());
     let Opened { recorder, rows } = open_run(resolved, &mut selected, &layout, &holder, progress.as_mut())?;
     if let Some(log) = &how.detached {
         detach::tell_parent(log, recorder.run_dir())?;

@@ -1,4 +1,5 @@
-//! Progress for terminals: a bar per running node with its position, loss, rate and time left, finished nodes above.
+//! Progress for terminals: a bar per running node with its position, loss, rate and time left, a line that counts the
+//! others below, and what a person should not miss above.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,6 +15,10 @@ use super::progress::{Progress, Summary};
 use crate::run::event::{NodeState, RunEvent};
 
 const BAR: &str = "{prefix:<24!} [{bar:24}] {msg}";
+/// Running nodes that have a bar of their own; more would not fit on a screen.
+const NUM_BARS: usize = 16;
+/// Nodes up to which the end of each is told.
+const NUM_TOLD: usize = 100;
 const SPINNER: &str = "{prefix:<24!} {spinner} {msg}";
 
 /// Draws bars on standard error.
@@ -22,6 +27,11 @@ pub struct Live {
     bars: MultiProgress,
     running: BTreeMap<NodeName, (ProgressBar, Pace)>,
     teller: Teller,
+    /// Counts the nodes by state, below the bars.
+    total: ProgressBar,
+    num_nodes: usize,
+    states: BTreeMap<NodeName, &'static str>,
+    started_ms: u64,
 }
 
 impl Default for Live {
@@ -34,7 +44,10 @@ impl Live {
     /// Returns progress without bars yet.
     pub fn new() -> Self {
         let bars = MultiProgress::with_draw_target(ProgressDrawTarget::stderr_with_hz(8));
-        Self { bars, running: BTreeMap::new(), teller: Teller::default() }
+        let total = bars.add(ProgressBar::new_spinner());
+        total.set_style(style("{msg}"));
+        let (running, states) = (BTreeMap::new(), BTreeMap::new());
+        Self { bars, running, teller: Teller::default(), total, num_nodes: 0, states, started_ms: 0 }
     }
 
     fn say(&self, line: &str) {
@@ -43,7 +56,10 @@ impl Live {
     }
 
     fn open_bar(&mut self, node: &NodeName) {
-        let bar = self.bars.add(ProgressBar::new_spinner());
+        if self.running.len() >= NUM_BARS {
+            return;
+        }
+        let bar = self.bars.insert_before(&self.total, ProgressBar::new_spinner());
         bar.set_style(style(SPINNER));
         bar.set_prefix(node.to_string());
         bar.set_message("starts");
@@ -52,17 +68,50 @@ impl Live {
     }
 }
 
+impl Live {
+    /// Returns true for what the bars and the count below them show: starts always, and in a large run ends too.
+    fn is_collapsed(&self, event: &RunEvent) -> bool {
+        match event {
+            RunEvent::Node { state: NodeState::Running { attempt }, .. } => *attempt == 1,
+            RunEvent::Node { state: NodeState::Done { .. }, .. } => self.num_nodes > NUM_TOLD,
+            _ => false,
+        }
+    }
+}
+
+/// Returns how many nodes are done and how many are in each state that a person may wait for or worry about.
+fn counts(states: &BTreeMap<NodeName, &'static str>, num_nodes: usize) -> String {
+    let num = |words: &[&str]| states.values().filter(|state| words.contains(state)).count();
+    let done = num(&["done", "cached", "shared"]);
+    let mut text = format!("{done} of {} nodes done", num_nodes.max(states.len()));
+    for word in ["running", "sealing", "retrying", "failed", "blocked", "cached"] {
+        if num(&[word]) > 0 {
+            text.push_str(&format!(", {} {word}", num(&[word])));
+        }
+    }
+    text
+}
+
 /// Templates are constants of this file; one that does not parse would show in the first run by hand.
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> ")
 }
 
 impl Progress for Live {
+    fn begin(&mut self, num_nodes: usize) {
+        self.num_nodes = num_nodes;
+    }
+
     fn run_event(&mut self, ts_ms: u64, event: &RunEvent) {
-        for line in self.teller.tell(ts_ms, event) {
-            self.say(&line);
+        let lines = self.teller.tell(ts_ms, event);
+        if !self.is_collapsed(event) {
+            lines.iter().for_each(|line| self.say(line));
         }
-        let RunEvent::Node { node, state, .. } = event else { return };
+        let RunEvent::Node { node, state, .. } = event else {
+            self.started_ms = if self.started_ms == 0 { ts_ms } else { self.started_ms };
+            return;
+        };
+        self.states.insert(node.clone(), state.word());
         match state {
             NodeState::Running { .. } => self.open_bar(node),
             NodeState::Sealing { .. } => {
@@ -97,7 +146,9 @@ impl Progress for Live {
         self.say(message);
     }
 
-    fn tick(&mut self, _now_ms: u64) {
+    fn tick(&mut self, now_ms: u64) {
+        let seconds = now_ms.saturating_sub(self.started_ms) as f64 / 1000.0;
+        self.total.set_message(format!("{}  {}", counts(&self.states, self.num_nodes), duration(seconds)));
         for (bar, pace) in self.running.values() {
             if pace.total == 0 {
                 continue;
@@ -114,6 +165,7 @@ impl Progress for Live {
             self.say(&line);
         }
         self.running.values().for_each(|(bar, _)| bar.finish_and_clear());
+        self.total.finish_and_clear();
         // An interrupted draw may fail; the summary below does not depend on it.
         let _ = self.bars.clear();
         summary.print();
@@ -123,6 +175,13 @@ impl Progress for Live {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_line_below_counts_what_matters() {
+        let states = [("a", "cached"), ("b", "done"), ("c", "running"), ("d", "ready"), ("e", "failed")];
+        let states = states.map(|(node, state)| (NodeName(node.into()), state)).into_iter().collect();
+        assert_eq!(counts(&states, 9), "2 of 9 nodes done, 1 running, 1 failed, 1 cached");
+    }
 
     #[test]
     fn the_templates_parse() {

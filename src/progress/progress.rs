@@ -18,6 +18,8 @@ use crate::run::event::{RunEvent, RunResult};
 
 /// Someone who watches a run.
 pub trait Progress {
+    /// The run has so many nodes.
+    fn begin(&mut self, _num_nodes: usize) {}
     /// Something happened to the run or one of its nodes; it is durable already.
     fn run_event(&mut self, ts_ms: u64, event: &RunEvent);
     /// A worker said something.

@@ -39,7 +39,14 @@ mod tensorboard;
 mod warm_start;
 
 const USAGE: &str = "usage: deepgen-worker JOB_DIR    run the job described by JOB_DIR/job.json
-       deepgen-worker hash DIR   print the blake3 over a folder's files";
+       deepgen-worker hash DIR   print the blake3 over a folder's files
+       deepgen-worker features   print the devices that this binary was built for";
+
+/// Returns the devices that this binary was built for.
+fn features() -> Vec<&'static str> {
+    let built = [("cpu", true), ("wgpu", cfg!(feature = "wgpu")), ("cuda", cfg!(feature = "cuda"))];
+    built.into_iter().filter(|(_, is_built)| *is_built).map(|(name, _)| name).collect()
+}
 
 fn main() -> ExitCode {
     // SAFETY: no other thread runs yet. Burn's default device prefers CUDA and panics on a machine without one.
@@ -52,6 +59,10 @@ fn main() -> ExitCode {
     let result = match arguments.as_slice() {
         [verb, rest @ ..] if verb == "parity" => return parity::run(rest),
         [verb, folder] if verb == "hash" => print_hash(Path::new(folder)),
+        [verb] if verb == "features" => {
+            println!("{}", features().join(", "));
+            return ExitCode::SUCCESS;
+        }
         [folder] => run_job(Path::new(folder)),
         _ => {
             eprintln!("{USAGE}\n       {}", parity::USAGE);
