@@ -124,7 +124,9 @@ pub fn choose_nodes<'a>(plan: &'a Plan, name: &str) -> Result<Vec<&'a PlannedNod
 /// When the working directory is gone.
 pub fn artifacts_layout(folder: Option<&Path>) -> Result<Layout> {
     let here = std::env::current_dir().context("the working directory is gone")?;
-    let inside = || here.ancestors().find(|folder| folder.join("stages").is_dir()).unwrap_or(&here);
+    // A project without stage files of its own is known by its pipelines or by what they left.
+    let is_root = |folder: &Path| ["stages", "pipelines", "artifacts"].iter().any(|name| folder.join(name).is_dir());
+    let inside = || here.ancestors().find(|folder| is_root(folder)).unwrap_or(&here);
     let folder = folder.map_or_else(|| inside().join("artifacts"), |folder| here.join(folder));
     Ok(Layout::new(folder.canonicalize().unwrap_or(folder)))
 }

@@ -3,6 +3,7 @@
 //!
 //! Knows the order of these steps, no disk but through [`Project`], and nothing of what was computed before.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -76,14 +77,16 @@ pub fn resolve(
     request: &Request,
     problems: &mut Vec<Diagnostic>,
 ) -> Outcome {
-    let mut tree = tree.clone();
-    let header = Header::parse(&tree, problems);
+    let header = Header::parse(tree, problems);
     let seed = header_seed(&header, &request.assignments, problems);
     let chosen = request.profile.as_ref().or(header.profile.as_ref()).cloned();
     let profile = chosen.as_ref().map_or_else(|| DEFAULT_PROFILE.to_owned(), |(name, _)| name.clone());
-    let scope = scope(project, &tree, (&header, seed, &profile), problems);
+    let scope = scope(project, tree, (&header, seed, &profile), problems);
     // Outside settings a name of the scope counts at once; inside, it waits for the layers to be merged.
-    if let Value::Table(table) = &mut tree.value {
+    let mut tree = Cow::Borrowed(tree);
+    if tree.has_marks()
+        && let Value::Table(table) = &mut tree.to_mut().value
+    {
         let open = table.iter_mut().filter(|(key, _)| *key != "env" && *key != HEADER);
         open.for_each(|(_, entry)| substitute(&mut entry.tree, &scope, problems));
     }
