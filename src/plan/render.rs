@@ -146,6 +146,8 @@ pub fn sizes(all: &[Result<TrainingSizes, Unbuildable>]) -> String {
     if !known.is_empty() {
         let _ = write!(text, "\nparameters\n{}", parts_table(&known));
         let _ = write!(text, "\ntraining\n{}", training_table(&known));
+        let _ =
+            write!(text, "\noperations and memory, on one device, counted and not measured\n{}", work_table(&known));
     }
     for (node, problem) in all.iter().filter_map(|sizes| sizes.as_ref().err()) {
         let _ = writeln!(text, "\nno sizes for {node}: {problem}");
@@ -198,6 +200,25 @@ fn training_table(known: &[&TrainingSizes]) -> Table {
             grouped(sizes.warmup),
             sizes.resolution.clone(),
         ]);
+    }
+    table
+}
+
+/// Operations of text-to-image samples, forwards and backwards; memory in f32 without sharding or recomputation.
+fn work_table(known: &[&TrainingSizes]) -> Table {
+    let heading =
+        ["  node", "FLOPs a step", "FLOPs in all", "weights", "gradients", "moments", "activations", "memory"];
+    let mut table = Table::new(&heading);
+    for sizes in known {
+        let flops = |flops: Option<f64>| flops.map_or_else(|| "-".to_owned(), |flops| format!("{flops:.2e}"));
+        let mut cells = vec![format!("  {}", sizes.node), flops(sizes.flops_per_step), flops(sizes.flops_total)];
+        cells.extend(match &sizes.memory {
+            Some(memory) => {
+                [memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total()].map(bytes)
+            }
+            None => [const { String::new() }; 5],
+        });
+        table.row(cells);
     }
     table
 }

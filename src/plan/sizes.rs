@@ -1,6 +1,7 @@
 //! What a plan amounts to: parameters of each part, what trains, iterations, updates, batches, resolution.
 //!
-//! Arithmetic over resolved settings; it loads no weights. Memory and time are not its business.
+//! Arithmetic over resolved settings; it loads no weights. Operations and memory are counted in [`super::flops`]; time is
+//! measured, not counted ([`super::cost`]).
 
 use std::collections::BTreeMap;
 
@@ -10,6 +11,7 @@ use deepgen_contract::settings::Settings;
 use deepgen_contract::train::{LoopSettings, LoraHandoff, OptimizerSettings, Schedule};
 use serde::Serialize;
 
+use super::flops::{self, Memory, RlIteration, Trained};
 use crate::spec::{Resolved, ResolvedNode};
 
 /// Sizes of a training node.
@@ -31,6 +33,12 @@ pub struct TrainingSizes {
     pub warmup: u64,
     /// Image sides in pixels.
     pub resolution: String,
+    /// Floating-point operations of an update of stages 1 and 2, or of an iteration of stage 3, on one device.
+    pub flops_per_step: Option<f64>,
+    /// Operations of all of them.
+    pub flops_total: Option<f64>,
+    /// Bytes on one device.
+    pub memory: Option<Memory>,
 }
 
 /// A node whose model cannot be built, and why.
@@ -74,8 +82,63 @@ fn sizes_of(
             }
             _ => unreachable!("only training nodes have patterns"),
         };
-        TrainingSizes { node: node.name.clone(), parts, trainable, iterations, updates, batch, warmup, resolution }
+        let operations = operations(&model, &parts, &trainable, &node.settings, batch);
+        let (flops_per_step, memory) = operations.map_or((None, None), |(flops, memory)| (flops, memory));
+        let steps = updates.unwrap_or(iterations);
+        TrainingSizes {
+            node: node.name.clone(),
+            parts,
+            trainable,
+            iterations,
+            updates,
+            batch,
+            warmup,
+            resolution,
+            flops_per_step,
+            flops_total: flops_per_step.map(|flops| flops * steps as f64),
+            memory,
+        }
     }))
+}
+
+/// Returns the operations of a step and the memory of a training node; nothing where the batch is not known.
+fn operations(
+    model: &ModelSpec,
+    parts: &ParameterCounts,
+    trainable: &BTreeMap<&'static str, u64>,
+    settings: &Settings,
+    batch: Option<u64>,
+) -> Option<(Option<f64>, Option<Memory>)> {
+    let has = |part: &str| trainable.contains_key(part);
+    let trained = Trained { bridge: has("bridge"), dit: has("dit"), lora: has("lora") };
+    let num: u64 = trainable.values().sum();
+    match settings {
+        Settings::Train(train) => {
+            let side = (train.image.size as usize, train.image.size as usize);
+            let batch = batch?;
+            let flops = flops::training_sample(model, trained, side).map(|sample| sample * batch as f64);
+            let micro_batch = batch / train.train.accumulation.max(1);
+            Some((flops, flops::memory(model, parts, (num, trained), (micro_batch, side), false)))
+        }
+        Settings::Rl(rl) => {
+            let rollout = &rl.rollout;
+            let side = (rollout.height, rollout.width);
+            let iteration = RlIteration {
+                prompts: rollout.prompts,
+                images: rollout.prompts * rollout.group_size,
+                steps: rollout.steps,
+                trained_steps: (rollout.steps as f64 * rl.policy.timestep_fraction).round() as usize,
+                passes: if rollout.guidance > 0.0 { 2 } else { 1 },
+                has_reference: rl.policy.beta > 0.0,
+                auxiliary: if rl.sft.coef > 0.0 { rl.sft.batch as f64 / rl.sft.every.max(1) as f64 } else { 0.0 },
+            };
+            let flops = flops::rl_iteration(model, &iteration, side);
+            // Counted for the images of one group at once.
+            let batch = rollout.group_size as u64;
+            Some((flops, flops::memory(model, parts, (num, trained), (batch, side), true)))
+        }
+        _ => None,
+    }
 }
 
 fn warmup(optimizer: &OptimizerSettings, iterations: u64) -> u64 {
