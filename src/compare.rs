@@ -117,7 +117,7 @@ pub fn runs(left: &RunFacts, right: &RunFacts) -> RunDiff {
             None => only_left.push(name.clone()),
             Some(other) if other.fingerprint == planned.fingerprint => same.push(name.clone()),
             Some(other) => {
-                let diff = node(planned, other, &differing);
+                let diff = node(planned, other, &|left, right| left == right && differing.contains(left));
                 differing.insert(name);
                 changed.push(diff);
             }
@@ -139,14 +139,14 @@ pub fn runs(left: &RunFacts, right: &RunFacts) -> RunDiff {
     }
 }
 
-/// Compares two planned nodes; `differing` are nodes before them whose results differ.
-fn node(left: &SavedPlanned, right: &SavedPlanned, differing: &BTreeSet<&NodeName>) -> NodeDiff {
+/// Compares two planned nodes; `differ` says of the nodes wired to a port whether they stand for each other and are
+/// known to differ, so that nothing new is said by it.
+pub fn node(left: &SavedPlanned, right: &SavedPlanned, differ: &dyn Fn(&NodeName, &NodeName) -> bool) -> NodeDiff {
     let differences = identities(&left.parts(), &right.parts());
     let is_known = |difference: &Difference| {
-        let input = |planned: &SavedPlanned| planned.node.inputs.get(&difference.key).cloned();
-        difference.section == Section::Input
-            && input(left) == input(right)
-            && input(left).is_some_and(|input| differing.contains(&input))
+        let wired = |planned: &SavedPlanned| planned.node.inputs.get(&difference.key).cloned();
+        let is_input = difference.section == Section::Input;
+        is_input && wired(left).zip(wired(right)).is_some_and(|(left, right)| differ(&left, &right))
     };
     let is_consequence = !differences.is_empty() && differences.iter().all(is_known);
     NodeDiff { node: left.node.name.clone(), differences, is_consequence }

@@ -81,6 +81,10 @@ struct SettingJson {
 pub fn explain(args: &ExplainArgs) -> Result<Exit> {
     let Some(resolved) = load_or_report(&args.file, &args.overriding, false) else { return Ok(Exit::Wrong) };
     let (plan, store) = results_of(&resolved, args.artifacts.as_deref())?;
+    if let Some((name, reason)) = resolved.left_out.iter().find(|(name, _)| name.0 == args.node) {
+        println!("{name} is not in this plan: {reason}");
+        return Ok(Exit::Done);
+    }
     let chosen = choose_nodes(&plan, &args.node)?;
     let costs = super::plan::costs(&plan, &store);
     let accepted = accepted::read_all(store.layout());

@@ -9,7 +9,9 @@ use deepgen_contract::eval::{Estimate, ScoreTable};
 use deepgen_contract::id::NodeName;
 use deepgen_contract::settings::Settings;
 
+use crate::compare::RunDiff;
 use crate::run::event::NodeState;
+use crate::store::accepted::Acceptance;
 use crate::store::runs::{RunView, SavedPlan};
 use crate::store::saved::SavedPlanned;
 
@@ -26,6 +28,8 @@ pub struct ReportData {
     pub nodes: Vec<NodeReport>,
     /// Generated images, one grid for each set of prompts.
     pub grids: Vec<SampleGrid>,
+    /// The run of the same pipeline before this one, and what differs from it.
+    pub previous: Option<SinceLast>,
     /// Published ablation that belongs to the sweep, if one is known.
     pub published: Option<PublishedAblation>,
 }
@@ -40,6 +44,17 @@ impl ReportData {
     pub fn depths(&self) -> BTreeMap<&NodeName, usize> {
         depths(self.nodes.iter().map(|node| &node.planned))
     }
+}
+
+/// The run before and what differs from it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SinceLast {
+    /// Its name.
+    pub run: String,
+    /// Its start, milliseconds since 1970.
+    pub started_ms: u64,
+    /// What differs.
+    pub diff: RunDiff,
 }
 
 /// Returns each node's depth; nodes stand after their inputs.
@@ -60,6 +75,8 @@ pub struct NodeReport {
     pub planned: SavedPlanned,
     /// Its settings, if they are of this program's types.
     pub settings: Option<Settings>,
+    /// Who said that this result stands for that of another identity, if somebody did.
+    pub accepted: Option<Acceptance>,
     /// Where it stands.
     pub state: NodeState,
     /// Seconds that its attempts took in this run, or had taken when its result was made.

@@ -7,6 +7,7 @@ mod chart;
 mod curves;
 mod dag;
 mod data;
+mod differences;
 #[cfg(test)]
 mod fixture;
 mod layout;

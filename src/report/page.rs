@@ -5,7 +5,7 @@
 
 use super::data::{NodeReport, ReportData};
 use super::markup::{Element, Markup, el};
-use super::{curves, dag, provenance, sample_grid, score_table, sweep_table, trouble};
+use super::{curves, dag, differences, provenance, sample_grid, score_table, sweep_table, trouble};
 use crate::progress::format::{count, duration, utc};
 use crate::run::event::{NodeState, Origin};
 
@@ -49,6 +49,12 @@ fn sections(data: &ReportData) -> Vec<Section> {
     let all = [
         ("trouble", if has_failed { "Failures and notes" } else { "Notes" }, "", trouble::section(data)),
         ("comparison", "Comparison", "", sweep_table::section(data)),
+        (
+            "differences",
+            "Why results differ",
+            "Causes first; what differs only because its inputs do is counted.",
+            differences::section(data),
+        ),
         (
             "graph",
             "Graph",
@@ -109,6 +115,8 @@ fn header(data: &ReportData) -> Element {
         .add(el("span").attr("aria-hidden", "true").text(sign))
         .text(format!(" {}", data.outcome));
     let kind = if data.saved.sweep.is_some() { "Experiment" } else { "Pipeline" };
+    let is_smoke = data.saved.plan.nodes.iter().any(|planned| planned.is_smoke);
+    let kind = if is_smoke { format!("{kind}, smoke test: two steps of every stage") } else { kind.to_owned() };
     el("header")
         .add(el("p").class("kicker").text(kind))
         .add(el("h1").text(&data.saved.pipeline).text(" ").add(outcome))

@@ -174,6 +174,12 @@ fn identity(data: &ReportData, node: &NodeReport) -> Markup {
     if !planned.inputs.is_empty() {
         facts.push(("Inputs", el("ul").class("plain").add_all(inputs).into()));
     }
+    if let Some(accepted) = &node.accepted {
+        let note = if accepted.note.is_empty() { String::new() } else { format!(": {}", accepted.note) };
+        let by = format!(", by {} on {}{note}", accepted.by.user, utc(accepted.by.at_ms));
+        let own = el("code").text(accepted.to.short());
+        facts.push(("Accepted", Markup::join([Markup::text("in place of "), own.into(), Markup::text(by)])));
+    }
     if let Some(manifest) = &node.manifest {
         let environment = &manifest.environment;
         facts.push(("Made by", Markup::text(made_by(data, manifest))));

@@ -14,20 +14,25 @@ use deepgen_contract::job::{METRICS_FILE, STDERR_FILE};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::data::{MetricRow, NodeReport, PublishedAblation, ReportData, distinct};
+use super::data::{MetricRow, NodeReport, PublishedAblation, ReportData, SinceLast, distinct};
 use super::{ReportError, samples};
+use crate::compare::{self, RunFacts};
 use crate::exec::jobdir::{EventTail, JobDir};
 use crate::exec::process::ProcessId;
 use crate::run::event::{NodeState, Origin, RunResult};
 use crate::store::layout::RESOLVED_FILE;
-use crate::store::runs::{RunView, SavedPlan};
+use crate::store::runs::{self, RunView, SavedPlan};
 use crate::store::saved::SavedPlanned;
-use crate::store::{ArtifactStore, Layout};
+use crate::store::{ArtifactStore, Layout, accepted};
 
 /// Bytes of a failed node's `stderr.log` that are shown.
 const LOG_TAIL_BYTES: u64 = 4096;
 /// Lines of it that are shown.
 const LOG_TAIL_LINES: usize = 20;
+/// Nodes up to which a run is compared with the one before: a report must not take long.
+const MAX_COMPARED_NODES: usize = 1000;
+/// Earlier runs that are looked at to find one of the same pipeline.
+const MAX_EARLIER_RUNS: usize = 20;
 
 /// Reads everything that the report of a run shows.
 ///
@@ -37,10 +42,46 @@ pub fn read(run_dir: &Path, store: &ArtifactStore) -> Result<ReportData, ReportE
     let view = RunView::read(run_dir)?;
     let saved = SavedPlan::read(run_dir)?;
     let outcome = outcome(&view);
-    let nodes: Vec<NodeReport> = saved.plan.nodes.iter().map(|planned| read_node(planned, &view, store)).collect();
+    let nodes: Vec<NodeReport> = {
+        let accepted = accepted::read_all(store.layout());
+        let of = |planned: &SavedPlanned| planned.stands_for.and_then(|own| accepted.get(&own).cloned());
+        let read = |planned| NodeReport { accepted: of(planned), ..read_node(planned, &view, store) };
+        saved.plan.nodes.iter().map(read).collect()
+    };
     let grids = samples::grids(&nodes, store);
     let published = saved.sweep.as_ref().and_then(|sweep| published_ablation(run_dir, &sweep.name));
-    Ok(ReportData { view, saved, outcome, nodes, grids, published })
+    let previous = previous(run_dir, store, &view, &saved, &nodes);
+    Ok(ReportData { view, saved, outcome, nodes, grids, previous, published })
+}
+
+/// Returns the run of the same pipeline and profile before this one, compared with it.
+fn previous(
+    run_dir: &Path,
+    store: &ArtifactStore,
+    view: &RunView,
+    saved: &SavedPlan,
+    nodes: &[NodeReport],
+) -> Option<SinceLast> {
+    if nodes.len() > MAX_COMPARED_NODES {
+        return None;
+    }
+    let is_alike = |name: &String| {
+        let other = RunView::read(&store.layout().run(name)).ok()?;
+        (other.pipeline == view.pipeline && other.profile == view.profile).then_some(other)
+    };
+    let earlier = runs::list(store.layout()).into_iter().filter(|name| *name < view.run);
+    let (name, other) = earlier.rev().take(MAX_EARLIER_RUNS).find_map(|name| Some((name.clone(), is_alike(&name)?)))?;
+    let before = RunFacts::read(store, &name).ok()?;
+    let sealed = |node: &NodeReport| Some((node.name().clone(), node.manifest.clone()?));
+    let own = RunFacts {
+        name: view.run.clone(),
+        view: view.clone(),
+        saved: saved.clone(),
+        // Of a run that computed nothing there is no environment to compare.
+        environment: compare::read_environment(run_dir),
+        manifests: nodes.iter().filter_map(sealed).collect(),
+    };
+    Some(SinceLast { run: name, started_ms: other.started_ms, diff: compare::runs(&before, &own) })
 }
 
 /// Returns the word for a run: one whose orchestrator has gone without ending it was interrupted.
@@ -85,6 +126,7 @@ fn read_node(planned: &SavedPlanned, view: &RunView, store: &ArtifactStore) -> N
         newest.filter(|_| !attempts.is_empty()).map(|attempt| relative(&job.attempt(attempt), store.layout()));
     NodeReport {
         settings: planned.node.typed(),
+        accepted: None,
         planned: planned.clone(),
         seconds: seconds(&state, seen.map(|seen| (seen.started_ms, seen.since_ms)), manifest.as_ref()),
         failures: seen.map_or(0, |seen| seen.failures),

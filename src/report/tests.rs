@@ -2,8 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use super::data::SinceLast;
 use super::fixture::{self, Fixture, Story};
-use super::{curves, dag, provenance, read, render, sample_grid, score_table, sweep_table, trouble};
+use super::{
+    ReportData, curves, dag, differences, provenance, read, render, sample_grid, score_table, sweep_table, trouble,
+};
+use crate::compare::RunFacts;
 
 const CALM: Story = Story { cached: &["base", "captions", "edits"], failing: None, words: "as a named setting" };
 const HOSTILE: Story = Story {
@@ -174,4 +178,36 @@ fn a_report_of_a_run_whose_results_are_gone_is_still_a_report() {
     let path = super::write(&fixture.run_dir, &fixture.store).unwrap();
     let page = std::fs::read_to_string(path).unwrap();
     assert!(page.contains("id=\"graph\"") && !page.contains("id=\"scores\""));
+}
+
+#[test]
+fn what_sets_variants_and_runs_apart_is_told_by_its_cause() {
+    let sweep = fixture::sweep(&CALM);
+    let data = read(&sweep.run_dir, &sweep.store).unwrap();
+    let text = differences::section(&data).unwrap().to_string();
+    assert!(text.contains("Between the variants") && !text.contains("Since the run before"), "{text}");
+    assert!(text.contains("model.bridge.layers"), "{text}");
+    assert!(!text.contains("<td>handoff"), "a hand-off differs by its inputs alone: {text}");
+    keep("sweep-differences", &page(&sweep));
+
+    let run = fixture::run(&CALM);
+    let mut data = read(&run.run_dir, &run.store).unwrap();
+    assert!(differences::section(&data).is_none(), "nothing to compare with");
+    let facts = |data: &ReportData| RunFacts {
+        name: data.view.run.clone(),
+        view: data.view.clone(),
+        saved: data.saved.clone(),
+        environment: None,
+        manifests: data.nodes.iter().filter_map(|node| Some((node.name().clone(), node.manifest.clone()?))).collect(),
+    };
+    let now = facts(&data);
+    let mut before = now.clone();
+    let old = before.saved.plan.nodes.iter_mut().find(|planned| planned.node.name.0 == "sft").unwrap();
+    old.node.settings["settings"]["optimizer"]["lr"] = 0.5.into();
+    old.fingerprint.0[0] ^= 1;
+    let diff = crate::compare::runs(&before, &now);
+    data.previous = Some(SinceLast { run: "earlier".into(), started_ms: 0, diff });
+    let text = differences::section(&data).unwrap().to_string();
+    assert!(text.contains("optimizer.lr") && text.contains("0.5") && text.contains("Run earlier of 1970"), "{text}");
+    keep("run-differences", &render(&data));
 }
