@@ -23,6 +23,12 @@ fn run_with(project: &Project, arguments: &[&str]) -> harness::Ran {
     project.deepgen(&[&["run", "pipelines/small.toml"], arguments].concat())
 }
 
+/// Waits until a node's first worker has said a word: before that it does not listen to signals.
+fn wait_for_first_word(project: &Project, node: &str) {
+    project.wait_for_state(node, "running");
+    wait_for("the worker's first word", || project.job(node, 1).join("events.jsonl").exists());
+}
+
 #[test]
 fn to_runs_a_node_and_all_that_it_needs() {
     let project = Project::new();
@@ -137,8 +143,7 @@ fn a_hangup_stops_a_foreground_run_gently() {
     let project = Project::new();
     project.script(json!({ "sft": { "steps": 200, "step_ms": 10, "checkpoint_every": 1000 } }));
     let running = project.start();
-    project.wait_for_state("sft", "running");
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for_first_word(&project, "sft");
     signal(project.orchestrator(), "HUP");
     running.finish().expect(1).says("sft: stopped at step").prints("the same command goes on");
 }
@@ -149,7 +154,7 @@ fn a_second_interrupt_stops_at_once() {
     // One long step: this worker does not look for signals before its end.
     project.script(json!({ "sft": { "steps": 1, "step_ms": 30_000 } }));
     let running = project.start();
-    project.wait_for_state("sft", "running");
+    wait_for_first_word(&project, "sft");
     let pid = project.orchestrator();
     signal(pid, "INT");
     std::thread::sleep(Duration::from_millis(400));
@@ -163,8 +168,7 @@ fn stop_from_another_terminal_lets_workers_write_a_checkpoint() {
     let project = Project::new();
     project.script(json!({ "sft": { "steps": 400, "step_ms": 10, "checkpoint_every": 1000 } }));
     run_with(&project, &["--detach"]).expect(0);
-    project.wait_for_state("sft", "running");
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for_first_word(&project, "sft");
     project.deepgen(&["stop", "nosuchrun"]).expect(2).says("no run `nosuchrun`");
     project.deepgen(&["stop"]).expect(0).prints("stopped").prints("sft: stopped at step");
     assert_eq!(project.states()["sft"], "stopped");
@@ -180,7 +184,7 @@ fn stop_now_does_not_wait_for_a_worker_that_does_not_listen() {
     let project = Project::new();
     project.script(json!({ "sft": { "steps": 1, "step_ms": 30_000 } }));
     run_with(&project, &["--detach"]).expect(0);
-    project.wait_for_state("sft", "running");
+    wait_for_first_word(&project, "sft");
     project.deepgen(&["stop", "--no-wait"]).expect(0).prints("told to stop");
     project.deepgen(&["stop", "--now"]).expect(0).prints("sft: stopped without a checkpoint");
 }
@@ -190,8 +194,7 @@ fn stop_reaches_workers_whose_orchestrator_was_killed() {
     let project = Project::new();
     project.script(json!({ "sft": { "steps": 400, "step_ms": 10, "checkpoint_every": 1000 } }));
     let running = project.start();
-    project.wait_for_state("sft", "running");
-    wait_for("a step", || project.job("sft", 1).join("events.jsonl").exists());
+    wait_for_first_word(&project, "sft");
     running.kill();
     project.deepgen(&["stop"]).expect(0).prints("sft: worker").prints("1 worker told to stop");
     wait_for("the checkpoint", || project.job("sft", 1).join("outcome.json").exists());
