@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model schema fuzz-spec
+.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model schema fuzz-spec bench-orchestrator
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -56,3 +56,11 @@ schema:                ## writes docs/schema/ from the types
 
 fuzz-spec:             ## ten minutes of mutated pipeline, stage and experiment files (DEEPGEN_FUZZ_SECONDS)
 	cargo test --locked -p deepgen --test fuzz_spec -- --ignored --nocapture
+
+N     ?= 100,1000,10000
+REPS  ?= 1
+TOOLS ?= deepgen,make,ninja,snakemake,dvc
+bench-orchestrator:    ## a no-op DAG of 100, 1,000, 10,000 nodes: deepgen beside make, ninja and what else is installed
+	cargo build --release --locked -p deepgen
+	python3 benches/orchestrator/bench.py --n $(N) --reps $(REPS) --tools $(TOOLS) --work $(TARGET)/bench-orchestrator \
+		--bin deepgen=$(abspath $(TARGET))/release $(BENCH)

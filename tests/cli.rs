@@ -99,12 +99,15 @@ fn a_failure_that_may_pass_is_retried_from_the_newest_checkpoint() {
 }
 
 #[test]
-fn a_nan_is_not_retried() {
-    let project = Project::new();
-    project.edit("pipelines/small.toml", "[node.sft]", "[node.sft]\nretries = 3");
-    project.script(json!({ "sft": { "fail_at": 3, "fail_as": "non_finite" } }));
-    project.run().expect(1);
-    assert_eq!(project.attempts()["sft"], 1);
+fn a_nan_is_retried_only_while_its_remedy_is_on() {
+    for (remedy, attempts) in [("", 2), ("remedies = { non_finite = false }", 1)] {
+        let project = Project::new();
+        let keys = format!("[node.sft]\nretries = 1\n{remedy}");
+        project.edit("pipelines/small.toml", "[node.sft]", &keys);
+        project.script(json!({ "sft": { "fail_at": 3, "fail_as": "non_finite" } }));
+        project.run().expect(1);
+        assert_eq!(project.attempts()["sft"], attempts, "{remedy}");
+    }
 }
 
 #[test]

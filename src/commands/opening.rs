@@ -11,18 +11,19 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use deepgen_contract::artifact::{MANIFEST_FILE, Manifest};
 use deepgen_contract::id::{Fingerprint, NodeName};
-use deepgen_contract::job::CHECKPOINTS_DIR;
+use deepgen_contract::job::{CHECKPOINTS_DIR, JobRemedies};
 
 use super::detach::DETACHED_FLAG;
 use super::selection::Selected;
 use crate::environment::Captured;
-use crate::exec::jobdir::JobDir;
-use crate::plan::{Plan, PlannedNode, Verdict};
+use crate::exec::jobdir::{self, JobDir};
+use crate::plan::{Plan, PlannedNode, Reason, Verdict};
 use crate::progress::Progress;
 use crate::progress::format::{count, now_ms, stamp};
 use crate::run::board::{Entry, Start};
 use crate::run::driver::link_node;
 use crate::run::event::{NodeState, Origin, RunEvent, RunResult};
+use crate::run::slots::Request;
 use crate::spec::Resolved;
 use crate::store::index::RunIndex;
 use crate::store::layout::{self, ENVIRONMENT_FILE, NODES_DIR, RESOLVED_FILE};
@@ -95,9 +96,37 @@ pub fn open_run(
     let mut recorder = Recorder::open(layout, &run, state)?;
     let now = now_ms();
     recorder.record(std::slice::from_ref(&event), now)?;
+    recorder.sync()?;
     progress.run_event(now, &event);
+    set_unsure_aside(selected, &rows, layout, progress);
     clear_forced(selected, &rows, layout, is_new)?;
     Ok(Opened { recorder, rows })
+}
+
+/// Reads results that were sealed and whose sealing was not durable yet when the run was cut short: after a loss of
+/// power their files may be there and empty. What does not verify is put aside and computed again.
+fn set_unsure_aside(
+    selected: &mut Selected,
+    rows: &BTreeMap<NodeName, NodeRow>,
+    layout: &Layout,
+    progress: &mut dyn Progress,
+) {
+    let store = ArtifactStore::open(layout.clone());
+    for planned in selected.plan.nodes.iter_mut().filter(|planned| planned.verdict == Verdict::Cached) {
+        let name = &planned.node.name;
+        let is_unsure = rows.get(name).is_some_and(|row| {
+            row.fingerprint == planned.fingerprint
+                && matches!(row.state, NodeState::Running { .. } | NodeState::Sealing { .. })
+        });
+        if is_unsure && let Err(error) = store.verify(&planned.fingerprint) {
+            let aside = layout.store().join(format!("{REPLACED}{}-{}", planned.fingerprint.short(), now_ms()));
+            match fs::rename(layout.artifact(&planned.fingerprint), aside) {
+                Ok(()) => progress.note(&format!("{name}: its result was cut short and is computed again ({error})")),
+                Err(error) => tracing::warn!(node = %name, %error, "a damaged result cannot be put aside"),
+            }
+            planned.verdict = Verdict::Run(Reason::Lost);
+        }
+    }
 }
 
 /// Takes old results and checkpoints of nodes that shall be computed again out of the way, unless this run did so
@@ -251,10 +280,32 @@ pub fn entry(planned: &PlannedNode, layout: &Layout, host: &str, row: Option<&No
     Entry {
         name: node.name.clone(),
         fingerprint: planned.fingerprint,
-        inputs: node.inputs.values().cloned().collect(),
-        slots: node.slots.clone(),
+        inputs: node.inputs.values().chain(&node.needs).cloned().collect(),
+        request: Request { shares: node.slots.clone(), ids: node.slot_ids.clone() },
+        priority: node.priority,
         retries: node.retries,
+        backoff: node.backoff,
+        remedies: node.remedies,
+        timeout_ms: node.timeout_s.map(milliseconds),
+        stall_ms: node.stall_s.map(milliseconds),
         failures: row.map_or(0, |row| row.failures),
+        applied: applied(planned, layout, &start),
         start,
     }
+}
+
+fn milliseconds(seconds: f64) -> u64 {
+    // A cast saturates: an endless time is a very long one.
+    (seconds * 1000.0) as u64
+}
+
+/// Returns what the newest attempt did differently, so that another process of the run need not learn it again.
+fn applied(planned: &PlannedNode, layout: &Layout, start: &Start) -> JobRemedies {
+    let attempt = match *start {
+        Start::Fresh { next_attempt } if next_attempt > 1 => next_attempt - 1,
+        Start::Alive { attempt } => attempt,
+        _ => return JobRemedies::default(),
+    };
+    let folder = JobDir::new(&layout.jobs(), &planned.fingerprint).attempt(attempt);
+    jobdir::job(&folder).map_or_else(|_| JobRemedies::default(), |job| job.remedies)
 }

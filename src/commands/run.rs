@@ -2,6 +2,7 @@
 //!
 //! The same path for both: a sweep is only a bigger plan.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -19,13 +20,16 @@ use crate::exec::LocalExecutor;
 use crate::plan::{Missing, Plan, PlannedNode, Verdict};
 use crate::progress;
 use crate::progress::format::now_ms;
-use crate::run::driver::Driver;
+use crate::run::driver::{self, Driver};
 use crate::run::event::RunResult;
-use crate::run::scheduler::Scheduler;
+use crate::run::scheduler::{Rules, Scheduler};
 use crate::spec::Resolved;
 use crate::store::index::RunIndex;
 use crate::store::lock::{Holder, Lock};
 use crate::store::{ArtifactStore, FileHashes, Layout};
+
+/// Results that are sealed at a time.
+const NUM_SEALERS: usize = 4;
 
 /// Arguments of `deepgen run`.
 #[derive(Debug, clap::Args)]
@@ -179,7 +183,13 @@ pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<
     let (reports_in, reports) = mpsc::unbounded_channel();
     let entries = plan.nodes.iter().map(|node| entry(node, &layout, &holder.host, rows.get(&node.node.name)));
     let max_active = how.jobs.map_or(usize::MAX, |jobs| usize::try_from(jobs).unwrap_or(usize::MAX));
-    let scheduler = Scheduler::new(entries.collect(), resolved.executor.slots.clone(), max_active);
+    let rules = Rules {
+        capacity: resolved.executor.slots.clone(),
+        slot_ids: resolved.executor.slot_ids.clone(),
+        max_active,
+        keep_going: resolved.keep_going,
+    };
+    let scheduler = Scheduler::new(entries.collect(), rules);
     let executor = LocalExecutor::new(worker.unwrap_or_default(), layout.jobs(), holder.host.clone(), reports_in);
     let driver = Driver {
         plan,
@@ -191,10 +201,16 @@ pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<
         recorder,
         progress: progress.as_mut(),
         environment: captured.environment,
+        places: driver::places(plan),
+        untold: VecDeque::new(),
         ignores_hangup: how.detached.is_some(),
     };
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        // They seal results; more of them would only compete for the disk.
+        .max_blocking_threads(NUM_SEALERS)
+        .build()
+        .context("cannot start a runtime")?;
     let (result, _, recorder) = runtime.block_on(driver.drive())?;
     changed_results(&selected, &store).iter().for_each(|line| progress.note(line));
     let report = write_report(recorder.run_dir(), &store);

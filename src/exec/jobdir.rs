@@ -15,10 +15,10 @@ use serde::{Deserialize, Serialize};
 use super::command;
 use super::process::{self, ProcessId};
 use crate::run::board::Start;
-use crate::store::external::write_atomically;
 
 /// Name of the lease in a fingerprint's folder.
 pub const LEASE_FILE: &str = "lease.json";
+const NEW_LEASE_FILE: &str = "lease.json.new";
 const LEASE_VERSION: u32 = 1;
 
 /// Who may produce the result of a fingerprint.
@@ -72,7 +72,15 @@ impl JobDir {
     /// When it cannot be written.
     pub fn give_lease(&self, attempt: u32, host: &str, worker: Option<ProcessId>) -> io::Result<()> {
         let lease = Lease { version: LEASE_VERSION, attempt, host: host.to_owned(), worker };
-        write_atomically(&self.folder.join(LEASE_FILE), &serde_json::to_vec(&lease)?)
+        // Not synced: no worker outlives the machine, so after a loss of power nothing depends on it.
+        let new = self.folder.join(NEW_LEASE_FILE);
+        fs::write(&new, serde_json::to_vec(&lease)?)?;
+        fs::rename(new, self.folder.join(LEASE_FILE))
+    }
+
+    /// Returns true when `attempt` may be sealed. A first attempt has the lease until another is given it.
+    pub fn has_lease(&self, attempt: u32) -> bool {
+        self.lease().map_or(attempt == 1, |lease| lease.attempt == attempt)
     }
 
     /// Creates the directory of a job's attempt with its description, and gives it the lease.
@@ -82,15 +90,21 @@ impl JobDir {
     pub fn create(&self, job: &JobSpec, host: &str) -> io::Result<PathBuf> {
         let folder = self.attempt(job.attempt);
         fs::create_dir_all(&folder)?;
-        write_atomically(&folder.join(JOB_FILE), &serde_json::to_vec_pretty(job)?)?;
-        self.give_lease(job.attempt, host, None)?;
+        fs::write(folder.join(JOB_FILE), serde_json::to_vec(job)?)?;
+        if job.attempt > 1 {
+            self.give_lease(job.attempt, host, None)?;
+        }
         Ok(folder)
     }
 
     /// Returns the worker of an attempt, if it still runs on this host.
     pub fn live_worker(&self, attempt: u32, host: &str) -> Option<ProcessId> {
-        let lease = self.lease().filter(|lease| lease.attempt == attempt && lease.host == host)?;
-        match lease.worker {
+        let worker = match self.lease() {
+            Some(lease) if lease.attempt == attempt && lease.host == host => lease.worker,
+            None if attempt == 1 => None,
+            _ => return None,
+        };
+        match worker {
             Some(worker) => worker.is_alive().then_some(worker),
             // The orchestrator died between the start of the worker and writing that down.
             None => process::find_by_job(&self.attempt(attempt)),
@@ -104,7 +118,7 @@ impl JobDir {
         if self.live_worker(newest, host).is_some() {
             return Start::Alive { attempt: newest };
         }
-        let has_lease = self.lease().is_some_and(|lease| lease.attempt == newest);
+        let has_lease = self.has_lease(newest);
         let folder = self.attempt(newest);
         let is_done = matches!(outcome(&folder), Ok(Some(Outcome::Done { .. })));
         if has_lease && is_done && folder.join(OUT_DIR).is_dir() {

@@ -183,10 +183,12 @@ struct Follower {
 impl Follower {
     async fn run(self, mut watched: Watched) {
         let mut tail = EventTail::new(&self.folder);
+        let mut logged = 0;
         let end = loop {
             let end = watched.ended().await;
-            let events = tail.read();
-            if !events.is_empty() {
+            let events = if self.command.is_none() { tail.read() } else { Vec::new() };
+            // A command is heard by what it writes into its logs.
+            if !events.is_empty() || (end.is_none() && self.command.is_some() && self.has_logged(&mut logged)) {
                 self.send(What::Said(events));
             }
             if let Some(end) = end {
@@ -198,6 +200,13 @@ impl Follower {
             None => self.how_it_ended(&end.words),
         };
         self.send(What::Ended(ended));
+    }
+
+    /// Returns true when the logs have grown since the last look.
+    fn has_logged(&self, logged: &mut u64) -> bool {
+        let bytes = |name: &str| fs::metadata(self.folder.join(name)).map_or(0, |log| log.len());
+        let before = std::mem::replace(logged, bytes(STDOUT_FILE) + bytes(STDERR_FILE));
+        *logged > before
     }
 
     /// Writes the outcome that a command cannot write.

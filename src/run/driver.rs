@@ -1,9 +1,10 @@
 //! The loop of a run, and the program's only `select!`: workers' reports, sealed results, signals and time go into the
 //! scheduler, its actions go out into the world.
 //!
-//! Decides nothing. A state is journaled and synced before anything that follows from it happens.
+//! Decides nothing. A state is written into the journal before anything that follows from it happens, and durable before
+//! anybody is told: see [`Recorder`].
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -11,12 +12,14 @@ use std::time::Duration;
 use deepgen_contract::artifact::Environment;
 use deepgen_contract::id::NodeName;
 use deepgen_contract::job::{FailureCause, JOB_VERSION, JobInput, JobRemedies, JobSpec};
+use deepgen_contract::stage::StageKind;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
 
-use super::event::{Failure, RunEvent, RunResult};
+use super::event::{Failure, NodeState, RunEvent, RunResult};
 use super::scheduler::{Action, Cancel, Ended, Event, Scheduler};
 use super::sealing::Sealing;
+use super::slots::GPU;
 use crate::exec::jobdir::JobDir;
 use crate::exec::{Executor, Report, What};
 use crate::plan::{Plan, PlannedNode};
@@ -59,6 +62,10 @@ pub struct Driver<'a> {
     pub progress: &'a mut dyn Progress,
     /// What manifests say of this machine.
     pub environment: Environment,
+    /// Places of the plan's nodes: [`places`].
+    pub places: HashMap<NodeName, usize>,
+    /// Events that are written and not durable yet, each with its line and its time.
+    pub untold: VecDeque<(u64, u64, RunEvent)>,
     /// True when the end of the terminal does not concern the run.
     pub ignores_hangup: bool,
 }
@@ -78,9 +85,13 @@ impl Driver<'_> {
         let (seals_in, mut seals) = mpsc::unbounded_channel();
         let mut ticker = tokio::time::interval(TICK);
         ticker.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut result = self.handle(Event::Begin, &seals_in)?;
+        let mut result = self.handle(vec![Event::Begin], &seals_in)?;
         while result.is_none() {
             let event = tokio::select! {
+                durable = self.recorder.durable() => {
+                    self.tell(durable?);
+                    None
+                }
                 Some(report) = self.reports.recv() => self.hear(report),
                 Some(sealed) = seals.recv() => Some(after_sealing(sealed)),
                 _ = interrupt.recv() => Some(self.stop()),
@@ -91,9 +102,22 @@ impl Driver<'_> {
                     Some(Event::Tick)
                 }
             };
-            if let Some(event) = event {
-                result = self.handle(event, &seals_in)?;
+            // Whatever else has happened meanwhile is written down together with it.
+            let mut events: Vec<Event> = event.into_iter().collect();
+            while let Ok(sealed) = seals.try_recv() {
+                events.push(after_sealing(sealed));
             }
+            while let Ok(report) = self.reports.try_recv() {
+                events.extend(self.hear(report));
+            }
+            if !events.is_empty() {
+                result = self.handle(events, &seals_in)?;
+            }
+        }
+        self.recorder.hurry();
+        while !self.recorder.is_durable() {
+            let durable = self.recorder.durable().await?;
+            self.tell(durable);
         }
         Ok((result.unwrap_or(RunResult::Stopped), self.scheduler, self.recorder))
     }
@@ -104,7 +128,7 @@ impl Driver<'_> {
         match what {
             What::Said(events) => {
                 events.iter().for_each(|event| self.progress.worker_event(&node, attempt, event));
-                None
+                Some(Event::Heard { node })
             }
             What::Ended(ended) => Some(Event::Ended { node, attempt, ended }),
         }
@@ -124,44 +148,60 @@ impl Driver<'_> {
         Event::Stop { how: Cancel::Gently }
     }
 
-    /// Gives an event to the scheduler and performs what comes out, until nothing more comes of it.
-    fn handle(&mut self, event: Event, seals: &UnboundedSender<Sealed>) -> Result<Option<RunResult>, DriveError> {
-        let mut events = VecDeque::from([event]);
-        let mut result = None;
-        while let Some(event) = events.pop_front() {
-            let mut unrecorded = Vec::new();
-            for action in self.scheduler.on(event, now_ms()) {
-                if let Action::Set { node, state } = action {
-                    let fingerprint = self.planned(&node).fingerprint;
-                    unrecorded.push(RunEvent::Node { node, fingerprint, state });
-                    continue;
+    /// Gives events to the scheduler and performs what comes out, until nothing more comes of it.
+    fn handle(&mut self, events: Vec<Event>, seals: &UnboundedSender<Sealed>) -> Result<Option<RunResult>, DriveError> {
+        let (mut events, mut result) = (events, None);
+        while !events.is_empty() {
+            let now = now_ms();
+            let (mut happened, mut actions) = (Vec::new(), Vec::new());
+            let decided: Vec<Action> = events.drain(..).flat_map(|event| self.scheduler.on(event, now)).collect();
+            for action in decided {
+                match action {
+                    Action::Set { node, state } => happened.extend(self.happened(node, state)),
+                    Action::Finish(how) => {
+                        happened.push(RunEvent::RunFinished { result: how });
+                        result = Some(how);
+                    }
+                    action => actions.push(action),
                 }
-                if let Action::Finish(how) = action {
-                    unrecorded.push(RunEvent::RunFinished { result: how });
-                    result = Some(how);
-                }
-                self.record(&mut unrecorded)?;
-                events.extend(self.act(action, seals));
             }
-            self.record(&mut unrecorded)?;
+            let seq = self.recorder.record(&happened, now)?;
+            self.untold.extend(happened.into_iter().map(|event| (seq, now, event)));
+            events.extend(actions.into_iter().filter_map(|action| self.act(action, seals)));
         }
         Ok(result)
     }
 
-    /// Makes events durable, then shows them.
-    fn record(&mut self, events: &mut Vec<RunEvent>) -> Result<(), DriveError> {
-        let now = now_ms();
-        self.recorder.record(events, now)?;
-        events.drain(..).for_each(|event| self.progress.run_event(now, &event));
-        Ok(())
+    /// Returns what is worth a line: that a node is ready follows from others, and a command's result is sealed at once.
+    fn happened(&self, node: NodeName, state: NodeState) -> Option<RunEvent> {
+        let planned = self.planned(&node);
+        let is_command = planned.node.kind == StageKind::Command;
+        let is_told = match state {
+            NodeState::Ready | NodeState::Waiting => false,
+            NodeState::Sealing { .. } => !is_command,
+            _ => true,
+        };
+        is_told.then(|| RunEvent::Node { fingerprint: planned.fingerprint, node, state })
+    }
+
+    /// Shows what has become durable.
+    fn tell(&mut self, durable: u64) {
+        while let Some((seq, ts_ms, event)) = self.untold.pop_front() {
+            if seq > durable {
+                self.untold.push_front((seq, ts_ms, event));
+                break;
+            }
+            self.progress.run_event(ts_ms, &event);
+        }
     }
 
     /// Performs an action; returns an event when it failed at once.
     fn act(&mut self, action: Action, seals: &UnboundedSender<Sealed>) -> Option<Event> {
         match action {
             Action::Set { .. } | Action::Finish(_) => None,
-            Action::Launch { node, attempt } => {
-                let job = self.job(&node, attempt);
+            Action::Launch { node, attempt, slot_ids, remedies } => {
+                let job = JobSpec { slot_ids, remedies, ..self.job(&node, attempt) };
+                let job = JobSpec { device: on_own_gpu(&job), ..job };
                 let error = self.executor.launch(&job).err()?;
                 let failure = Failure { cause: FailureCause::Io, message: error.to_string() };
                 Some(Event::Ended { node, attempt, ended: Ended::Failed(failure) })
@@ -200,8 +240,8 @@ impl Driver<'_> {
     }
 
     fn planned(&self, node: &NodeName) -> &PlannedNode {
-        let found = self.plan.nodes.iter().find(|planned| planned.node.name == *node);
-        found.expect("the scheduler knows the nodes of the plan and no others")
+        let place = self.places.get(node).expect("the scheduler knows the nodes of the plan and no others");
+        &self.plan.nodes[*place]
     }
 
     /// Returns the description of a node's job.
@@ -219,7 +259,8 @@ impl Driver<'_> {
             (port.clone(), input)
         };
         let dir = JobDir::new(&self.layout.jobs(), &planned.fingerprint);
-        let earlier = dir.attempts().into_iter().filter(|earlier| *earlier < attempt);
+        let attempts = if attempt > 1 { dir.attempts() } else { Vec::new() };
+        let earlier = attempts.into_iter().filter(|earlier| *earlier < attempt);
         JobSpec {
             version: JOB_VERSION,
             node: node.clone(),
@@ -239,6 +280,20 @@ impl Driver<'_> {
     }
 }
 
+/// Returns the place of each node of a plan.
+pub fn places(plan: &Plan) -> HashMap<NodeName, usize> {
+    plan.nodes.iter().enumerate().map(|(place, planned)| (planned.node.name.clone(), place)).collect()
+}
+
+/// Returns the job's device with the index of the GPU that it was given, unless the pipeline names one.
+fn on_own_gpu(job: &JobSpec) -> String {
+    let given = job.slot_ids.get(GPU).and_then(|ids| ids.first());
+    match given.filter(|_| matches!(job.device.as_str(), "cuda" | "wgpu")) {
+        Some(id) => format!("{}:{id}", job.device),
+        None => job.device.clone(),
+    }
+}
+
 fn after_sealing((node, attempt, sealed): Sealed) -> Event {
     match sealed {
         Ok(()) => Event::Sealed { node, attempt },
@@ -254,12 +309,19 @@ fn after_sealing((node, attempt, sealed): Sealed) -> Event {
 pub fn link_node(folder: &std::path::Path, node: &NodeName, fingerprint: &str) {
     let name = node.0.replace('/', "_");
     let link = || {
-        std::fs::create_dir_all(folder)?;
         let path = folder.join(name);
-        if path.symlink_metadata().is_ok() {
-            std::fs::remove_file(&path)?;
+        let make = || std::os::unix::fs::symlink(format!("../../../store/{fingerprint}"), &path);
+        match make() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                std::fs::create_dir_all(folder)?;
+                make()
+            }
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                std::fs::remove_file(&path)?;
+                make()
+            }
+            made => made,
         }
-        std::os::unix::fs::symlink(format!("../../../store/{fingerprint}"), path)
     };
     if let Err(error) = link() {
         tracing::debug!(%node, %error, "no link to the artifact");

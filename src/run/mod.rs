@@ -1,4 +1,4 @@
-//! A run: what can happen ([`event`]), where nodes stand ([`board`]), what comes next ([`scheduler`], pure), and the
+//! A run: what can happen ([`event`]), where nodes stand ([`board`]), what is free ([`slots`]), what comes next ([`scheduler`], pure), and the
 //! loop that connects these with the world ([`driver`]).
 
 pub mod board;
@@ -6,3 +6,4 @@ pub mod driver;
 pub mod event;
 pub mod scheduler;
 pub mod sealing;
+pub mod slots;

@@ -1,20 +1,23 @@
 //! What comes next: a pure function from an event and the time to actions.
 //!
-//! It touches no disk, clock or process. The driver performs the actions in order; every `Set` is durable before what
-//! follows it happens. A failure blocks the descendants of its node and nothing else.
+//! It touches no disk, clock or process. The driver performs the actions in order; every `Set` is written down before
+//! what follows it happens. A failure blocks the descendants of its node and nothing else. The work for an event grows
+//! with what changes, not with the number of nodes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use deepgen_contract::id::NodeName;
-use deepgen_contract::job::FailureCause;
+use deepgen_contract::job::{FailureCause, JobRemedies};
 
-use super::board::{Board, Cell, Entry, Start};
+use super::board::{Board, Entry, Start};
 use super::event::{Failure, NodeState, Origin, RunResult};
+use super::slots::Slots;
+use crate::spec::Remedies;
 
-/// First pause before another attempt; doubled each time.
-const RETRY_PAUSE_MS: u64 = 500;
-/// Longest pause before another attempt.
-const LONGEST_PAUSE_MS: u64 = 60_000;
+/// Time that a worker has to write a checkpoint and go, before it is killed.
+const GRACE_MS: u64 = 60_000;
+/// A micro-batch is never divided further than this; one of a single sample stays what it is.
+const MOST_DIVISION: u32 = 1 << 16;
 
 /// Something the world did.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +40,11 @@ pub enum Event {
         /// Its number.
         attempt: u32,
     },
+    /// A worker gave a sign of life.
+    Heard {
+        /// Its node.
+        node: NodeName,
+    },
     /// Time has passed.
     Tick,
     /// A person or the system wants the run to stop.
@@ -58,7 +66,7 @@ pub enum Ended {
     },
     /// It said why it gave no result.
     Failed(Failure),
-    /// It died without a word, or never started; counts as [`FailureCause::Internal`].
+    /// It died without a word; counts as [`FailureCause::Lost`].
     Died {
         /// What is known of its end.
         message: String,
@@ -90,6 +98,10 @@ pub enum Action {
         node: NodeName,
         /// As this attempt.
         attempt: u32,
+        /// With these GPUs and other things.
+        slot_ids: BTreeMap<String, Vec<u32>>,
+        /// With these changes against the first attempt.
+        remedies: JobRemedies,
     },
     /// Follow a worker that runs already.
     Attach {
@@ -118,22 +130,58 @@ pub enum Action {
     Finish(RunResult),
 }
 
+/// How an executor may be used.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rules {
+    /// Capacity by slot.
+    pub capacity: BTreeMap<String, f64>,
+    /// Identities of a slot's things, where they do not count from 0.
+    pub slot_ids: BTreeMap<String, Vec<u32>>,
+    /// Workers at a time.
+    pub max_active: usize,
+    /// False when nothing starts after the first failure.
+    pub keep_going: bool,
+}
+
+/// An attempt that is watched.
+#[derive(Debug, Clone)]
+struct Watch {
+    begun_ms: u64,
+    heard_ms: u64,
+    /// Why it was told to end, and when.
+    ending: Option<(FailureCause, String, u64)>,
+    is_killed: bool,
+}
+
 /// The state of a run and the rules by which it changes.
 #[derive(Debug, Clone)]
 pub struct Scheduler {
     board: Board,
-    capacity: BTreeMap<String, f64>,
+    idle: Slots,
+    watches: BTreeMap<usize, Watch>,
     max_active: usize,
+    keep_going: bool,
     stopping: Option<Cancel>,
+    has_begun: bool,
     is_finished: bool,
 }
 
 impl Scheduler {
-    /// Returns a scheduler of `entries`, which stand after their inputs, over slots of `capacity`; at most `max_active`
-    /// workers run at a time.
-    pub fn new(entries: Vec<Entry>, capacity: BTreeMap<String, f64>, max_active: usize) -> Self {
-        let board = Board::new(entries, capacity.clone());
-        Self { board, capacity, max_active, stopping: None, is_finished: false }
+    /// Returns a scheduler of `entries`, which stand after their inputs.
+    pub fn new(entries: Vec<Entry>, rules: Rules) -> Self {
+        let named: BTreeSet<String> = entries.iter().flat_map(|entry| entry.request.ids.keys().cloned()).collect();
+        let idle = Slots::new(&rules.capacity, &rules.slot_ids, &named);
+        let board = Board::new(entries, idle.clone());
+        Self {
+            board,
+            idle,
+            watches: BTreeMap::new(),
+            max_active: rules.max_active,
+            keep_going: rules.keep_going,
+            stopping: None,
+            has_begun: false,
+            is_finished: false,
+        }
     }
 
     /// Returns where the nodes stand.
@@ -150,175 +198,284 @@ impl Scheduler {
     pub fn on(&mut self, event: Event, now_ms: u64) -> Vec<Action> {
         let mut actions = Vec::new();
         match event {
-            Event::Begin => self.begin(&mut actions),
+            Event::Begin => self.begin(now_ms, &mut actions),
             Event::Ended { node, attempt, ended } => self.ended(&node, attempt, ended, now_ms, &mut actions),
             Event::Sealed { node, attempt } => self.sealed(&node, attempt, &mut actions),
-            Event::Tick => {}
+            Event::Heard { node } => self.heard(&node, now_ms),
+            Event::Tick => self.watch(now_ms, &mut actions),
             Event::Stop { how } => self.stop(how, &mut actions),
         }
         self.advance(now_ms, &mut actions);
         actions
     }
 
-    fn set(&mut self, node: &NodeName, state: NodeState, actions: &mut Vec<Action>) {
-        self.board.set(node, state.clone());
+    /// Moves a node, and with it those that wait for it.
+    fn set(&mut self, at: usize, state: NodeState, actions: &mut Vec<Action>) {
+        let node = self.board.cells()[at].entry.name.clone();
+        let is_failure = matches!(state, NodeState::Failed { .. });
+        let is_done = state.is_done();
+        if !matches!(state, NodeState::Running { .. }) {
+            self.watches.remove(&at);
+        }
+        self.board.set(at, state.clone());
         actions.push(Action::Set { node: node.clone(), state });
+        if is_done {
+            for reader in self.board.readers(at).to_vec() {
+                self.wake(reader, actions);
+            }
+        }
+        if is_failure {
+            self.block_descendants(at, &node, actions);
+        }
     }
 
-    fn begin(&mut self, actions: &mut Vec<Action>) {
-        let starts: Vec<_> = self.board.cells().iter().map(|cell| cell.entry.clone()).collect();
-        for entry in starts {
+    fn wake(&mut self, at: usize, actions: &mut Vec<Action>) {
+        let cell = &self.board.cells()[at];
+        if self.may_wait(at) && *cell.state() == NodeState::Waiting && cell.is_unblocked() {
+            self.set(at, NodeState::Ready, actions);
+        }
+    }
+
+    /// Returns false for a node that is about to be found sealed or at work: it does not wait for anything.
+    fn may_wait(&self, at: usize) -> bool {
+        self.has_begun || matches!(self.board.cells()[at].entry.start, Start::Fresh { .. })
+    }
+
+    fn block_descendants(&mut self, at: usize, by: &NodeName, actions: &mut Vec<Action>) {
+        let mut left: BTreeSet<usize> = self.board.readers(at).iter().copied().collect();
+        while let Some(at) = left.pop_first() {
+            if *self.board.cells()[at].state() != NodeState::Waiting || !self.may_wait(at) {
+                continue;
+            }
+            self.set(at, NodeState::Blocked { by: by.clone() }, actions);
+            left.extend(self.board.readers(at));
+        }
+    }
+
+    fn begin(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        for at in 0..self.board.cells().len() {
+            self.fail_if_it_never_fits(at, actions);
+        }
+        for at in 0..self.board.cells().len() {
+            let entry = &self.board.cells()[at].entry;
             let node = entry.name.clone();
-            match entry.start {
-                Start::Sealed(origin) => self.set(&node, NodeState::Done { origin }, actions),
+            match entry.start.clone() {
+                Start::Sealed(origin) => self.set(at, NodeState::Done { origin }, actions),
                 Start::Alive { attempt } => {
-                    self.set(&node, NodeState::Running { attempt }, actions);
+                    // It runs whether its slots are free or not; the books are kept if they are.
+                    if let Ok(held) = self.board.slots().fit(&entry.request) {
+                        self.board.hold(at, held);
+                    }
+                    self.set(at, NodeState::Running { attempt }, actions);
+                    self.begin_watch(at, now_ms);
                     actions.push(Action::Attach { node, attempt });
                 }
                 Start::Finished { attempt } => {
-                    self.set(&node, NodeState::Sealing { attempt }, actions);
+                    self.set(at, NodeState::Sealing { attempt }, actions);
                     actions.push(Action::Seal { node, attempt });
                 }
-                Start::Fresh { .. } => {
-                    if let Some(message) = self.never_fits(&entry) {
-                        let failure = Failure { cause: FailureCause::Input, message };
-                        self.set(&node, NodeState::Failed { attempt: 0, failure }, actions);
-                    }
+                Start::Fresh { .. } => self.wake(at, actions),
+            }
+        }
+        self.has_begun = true;
+    }
+
+    /// Fails a node that would wait for ever.
+    fn fail_if_it_never_fits(&mut self, at: usize, actions: &mut Vec<Action>) {
+        let cell = &self.board.cells()[at];
+        if *cell.state() != NodeState::Waiting || !self.may_wait(at) {
+            return;
+        }
+        if let Err(slot) = self.idle.fit(&cell.entry.request) {
+            let share = cell.entry.request.shares.get(&slot).copied().unwrap_or(0.0);
+            let message = format!("it needs {share} of slot `{slot}`, which the executor never has");
+            let failure = Failure { cause: FailureCause::Input, message };
+            self.set(at, NodeState::Failed { attempt: 0, failure }, actions);
+        }
+    }
+
+    fn begin_watch(&mut self, at: usize, now_ms: u64) {
+        let watch = Watch { begun_ms: now_ms, heard_ms: now_ms, ending: None, is_killed: false };
+        self.watches.insert(at, watch);
+    }
+
+    fn heard(&mut self, node: &NodeName, now_ms: u64) {
+        let watch = self.board.at(node).and_then(|at| self.watches.get_mut(&at));
+        if let Some(watch) = watch {
+            watch.heard_ms = now_ms;
+        }
+    }
+
+    /// Ends attempts that take too long or say nothing any more.
+    fn watch(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
+        for (&at, watch) in &mut self.watches {
+            let cell = &self.board.cells()[at];
+            let Some(attempt) = cell.state().attempt() else { continue };
+            let cancel = |how| Action::Cancel { node: cell.entry.name.clone(), attempt, how };
+            if let Some((_, _, since_ms)) = watch.ending {
+                if !watch.is_killed && now_ms.saturating_sub(since_ms) >= GRACE_MS {
+                    watch.is_killed = true;
+                    actions.push(cancel(Cancel::AtOnce));
                 }
+                continue;
+            }
+            let over = |limit: Option<u64>, since: u64| limit.filter(|limit| now_ms.saturating_sub(since) >= *limit);
+            let is_stalled = cell.entry.remedies.stalled;
+            if let Some(limit) = over(cell.entry.timeout_ms, watch.begun_ms) {
+                let message = format!("it was over its time of {} s", limit / 1000);
+                watch.ending = Some((FailureCause::TimedOut, message, now_ms));
+                actions.push(cancel(Cancel::Gently));
+            } else if let Some(limit) = over(cell.entry.stall_ms, watch.heard_ms).filter(|_| is_stalled) {
+                let message = format!("nothing was heard of it for {} s", limit / 1000);
+                watch.ending = Some((FailureCause::Stalled, message, now_ms));
+                watch.is_killed = true;
+                actions.push(cancel(Cancel::AtOnce));
             }
         }
     }
 
-    /// Returns why a node could wait for ever.
-    fn never_fits(&self, entry: &Entry) -> Option<String> {
-        entry.slots.iter().find_map(|(slot, share)| {
-            let capacity = self.capacity.get(slot).copied().unwrap_or(0.0);
-            (*share > capacity + 1e-9)
-                .then(|| format!("it needs {share} of slot `{slot}`, and the executor has {capacity}"))
-        })
-    }
-
     fn ended(&mut self, node: &NodeName, attempt: u32, ended: Ended, now_ms: u64, actions: &mut Vec<Action>) {
-        let Some(cell) = self.board.get(node) else { return };
+        let Some(at) = self.board.at(node) else { return };
+        let cell = &self.board.cells()[at];
         // A worker of an earlier attempt has no say any more.
         if !cell.state().is_active() || cell.state().attempt() != Some(attempt) {
             return;
         }
-        let (retries, failures) = (cell.entry.retries, cell.failures);
-        let failure = match ended {
-            Ended::Done => {
-                self.set(node, NodeState::Sealing { attempt }, actions);
+        let told = self.watches.get(&at).and_then(|watch| watch.ending.clone());
+        let failure = match (ended, told) {
+            (Ended::Done, _) => {
+                self.set(at, NodeState::Sealing { attempt }, actions);
                 actions.push(Action::Seal { node: node.clone(), attempt });
                 return;
             }
-            Ended::Stopped { step } if self.stopping.is_some() => {
-                return self.set(node, NodeState::Stopped { attempt, step: Some(step) }, actions);
+            (Ended::Stopped { step }, _) if self.stopping.is_some() => {
+                return self.set(at, NodeState::Stopped { attempt, step: Some(step) }, actions);
             }
-            Ended::Stopped { step } => Failure {
-                cause: FailureCause::Internal,
+            (Ended::Died { .. }, _) if self.stopping.is_some() => {
+                return self.set(at, NodeState::Stopped { attempt, step: None }, actions);
+            }
+            (Ended::Stopped { .. } | Ended::Died { .. }, Some((cause, message, _))) => Failure { cause, message },
+            (Ended::Stopped { step }, None) => Failure {
+                cause: FailureCause::Lost,
                 message: format!("the worker was stopped at step {step} by someone else"),
             },
-            Ended::Died { .. } if self.stopping.is_some() => {
-                return self.set(node, NodeState::Stopped { attempt, step: None }, actions);
-            }
-            Ended::Died { message } => Failure { cause: FailureCause::Internal, message },
-            Ended::Failed(failure) => failure,
+            (Ended::Died { message }, None) => Failure { cause: FailureCause::Lost, message },
+            (Ended::Failed(failure), _) => failure,
         };
-        if !failure.cause.may_retry() || failures >= retries || self.stopping.is_some() {
-            return self.set(node, NodeState::Failed { attempt, failure }, actions);
+        let cell = &self.board.cells()[at];
+        let is_last = cell.failures >= cell.entry.retries || self.stopping.is_some();
+        if is_last || !is_curable(failure.cause, cell.entry.remedies) {
+            return self.set(at, NodeState::Failed { attempt, failure }, actions);
         }
-        let pause = RETRY_PAUSE_MS.saturating_mul(1 << failures.min(16)).min(LONGEST_PAUSE_MS);
-        self.set(node, NodeState::Retrying { attempt, failure, until_ms: now_ms + pause }, actions);
+        let until_ms = now_ms.saturating_add(cell.entry.backoff.pause_ms(cell.failures + 1));
+        self.apply_remedy(at, failure.cause);
+        self.set(at, NodeState::Retrying { attempt, failure, until_ms }, actions);
+    }
+
+    /// Changes what the next attempt does, so that it need not fail of the same cause.
+    fn apply_remedy(&mut self, at: usize, cause: FailureCause) {
+        let cell = self.board.cell_mut(at);
+        match cause {
+            FailureCause::OutOfMemory => {
+                let division = &mut cell.applied.micro_batch_division;
+                *division = division.saturating_mul(2).min(MOST_DIVISION);
+            }
+            FailureCause::NonFinite => {
+                // The newest checkpoint was written before the loss went wrong; if that is not enough, an older one.
+                cell.applied.roll_back = cell.num_non_finite;
+                cell.num_non_finite += 1;
+            }
+            _ => {}
+        }
     }
 
     fn sealed(&mut self, node: &NodeName, attempt: u32, actions: &mut Vec<Action>) {
-        let Some(cell) = self.board.get(node).filter(|cell| cell.state().is_active()) else { return };
-        let fingerprint = cell.entry.fingerprint;
-        self.set(node, NodeState::Done { origin: Origin::Ran { attempt } }, actions);
-        let same = |cell: &&Cell| cell.entry.fingerprint == fingerprint && !cell.state().is_final();
-        let twins: Vec<_> = self.board.cells().iter().filter(same).map(|cell| cell.entry.name.clone()).collect();
+        let Some(at) = self.board.at(node).filter(|at| self.board.cells()[*at].state().is_active()) else { return };
+        self.set(at, NodeState::Done { origin: Origin::Ran { attempt } }, actions);
+        let twins: Vec<usize> = self.board.twins(at).collect();
         for twin in twins {
-            self.set(&twin, NodeState::Done { origin: Origin::Shared { with: node.clone() } }, actions);
+            let state = self.board.cells()[twin].state();
+            if !state.is_final() && !state.is_active() {
+                self.set(twin, NodeState::Done { origin: Origin::Shared { with: node.clone() } }, actions);
+            }
         }
     }
 
     fn stop(&mut self, how: Cancel, actions: &mut Vec<Action>) {
         self.stopping = Some(how);
-        for cell in self.board.cells() {
+        for at in self.board.running() {
+            let cell = &self.board.cells()[at];
             if let NodeState::Running { attempt } = *cell.state() {
                 actions.push(Action::Cancel { node: cell.entry.name.clone(), attempt, how });
             }
         }
     }
 
-    /// Blocks what cannot be reached, wakes what can, launches what fits, and notices the end.
+    /// Ends pauses, launches what fits, and notices the end.
     fn advance(&mut self, now_ms: u64, actions: &mut Vec<Action>) {
         if self.is_finished {
             return;
         }
-        let names: Vec<_> = self.board.cells().iter().map(|cell| cell.entry.name.clone()).collect();
-        // Inputs stand before their readers, so one pass reaches all descendants.
-        for name in &names {
-            if let Some(state) = self.next_state(name, now_ms) {
-                self.set(name, state, actions);
+        while let Some(at) = self.board.due(now_ms) {
+            match self.board.cells()[at].is_unblocked() {
+                true => self.set(at, NodeState::Ready, actions),
+                // It was found at work though an input is not there any more.
+                false => self.wait_again(at, actions),
             }
         }
-        if self.stopping.is_none() {
-            names.iter().for_each(|name| self.launch_if_possible(name, actions));
+        let (_, num_failed, _) = self.board.counts();
+        let may_start = self.stopping.is_none() && (self.keep_going || num_failed == 0);
+        while may_start
+            && self.board.num_running() < self.max_active
+            && let Some((at, held)) = self.board.next()
+        {
+            let slot_ids = held.ids();
+            let cell = &self.board.cells()[at];
+            let (node, attempt, remedies) = (cell.entry.name.clone(), cell.next_attempt, cell.applied);
+            self.board.hold(at, held);
+            self.set(at, NodeState::Running { attempt }, actions);
+            self.begin_watch(at, now_ms);
+            actions.push(Action::Launch { node, attempt, slot_ids, remedies });
         }
-        if let Some(result) = self.result() {
+        if let Some(result) = self.result(may_start) {
             self.is_finished = true;
             actions.push(Action::Finish(result));
         }
     }
 
-    fn next_state(&self, name: &NodeName, now_ms: u64) -> Option<NodeState> {
-        let cell = self.board.get(name)?;
-        let inputs = || cell.entry.inputs.iter().filter_map(|input| Some((input, self.board.get(input)?.state())));
-        match cell.state() {
-            NodeState::Waiting => {
-                let blocked = inputs().find_map(|(input, state)| match state {
-                    NodeState::Failed { .. } => Some(input.clone()),
-                    NodeState::Blocked { by } => Some(by.clone()),
-                    _ => None,
-                });
-                match blocked {
-                    Some(by) => Some(NodeState::Blocked { by }),
-                    None if inputs().all(|(_, state)| state.is_done()) => Some(NodeState::Ready),
-                    None => None,
-                }
-            }
-            NodeState::Retrying { until_ms, .. } if *until_ms <= now_ms => Some(NodeState::Ready),
+    fn wait_again(&mut self, at: usize, actions: &mut Vec<Action>) {
+        let inputs = self.board.cells()[at].entry.inputs.iter();
+        let by = inputs.filter_map(|input| match self.board.get(input)?.state() {
+            NodeState::Failed { .. } => Some(input.clone()),
+            NodeState::Blocked { by } => Some(by.clone()),
             _ => None,
-        }
+        });
+        let state = by.map(|by| NodeState::Blocked { by }).next().unwrap_or(NodeState::Waiting);
+        self.set(at, state, actions);
     }
 
-    fn launch_if_possible(&mut self, name: &NodeName, actions: &mut Vec<Action>) {
-        let Some(cell) = self.board.get(name) else { return };
-        // A twin that runs will make this node's result too.
-        let active = || self.board.cells().iter().filter(|other| other.state().is_active());
-        let has_twin = active().any(|other| other.entry.fingerprint == cell.entry.fingerprint);
-        let is_ready = *cell.state() == NodeState::Ready;
-        if !is_ready || has_twin || self.board.num_active() >= self.max_active || !self.board.fits(&cell.entry) {
-            return;
-        }
-        let attempt = cell.next_attempt;
-        self.set(name, NodeState::Running { attempt }, actions);
-        actions.push(Action::Launch { node: name.clone(), attempt });
-    }
-
-    fn result(&self) -> Option<RunResult> {
-        let words: BTreeSet<&str> = self.board.cells().iter().map(|cell| cell.state().word()).collect();
-        let is_active = self.board.num_active() > 0;
-        let is_open = self.board.cells().iter().any(|cell| !cell.state().is_final());
-        if is_active || (is_open && self.stopping.is_none()) {
+    fn result(&self, may_start: bool) -> Option<RunResult> {
+        let (num_open, num_failed, num_stopped) = self.board.counts();
+        if self.board.is_active() || (num_open > 0 && may_start) {
             return None;
         }
-        Some(match (words.contains("failed"), is_open || words.contains("stopped")) {
+        Some(match (num_failed > 0, num_open + num_stopped > 0) {
             (true, _) => RunResult::Failed,
             (false, true) => RunResult::Stopped,
             (false, false) => RunResult::Done,
         })
+    }
+}
+
+/// Returns true when another attempt may end differently.
+fn is_curable(cause: FailureCause, remedies: Remedies) -> bool {
+    match cause {
+        FailureCause::Input => false,
+        FailureCause::OutOfMemory => remedies.out_of_memory,
+        FailureCause::NonFinite => remedies.non_finite,
+        FailureCause::Stalled => remedies.stalled,
+        FailureCause::Lost => remedies.lost,
+        FailureCause::Io | FailureCause::Internal | FailureCause::Program | FailureCause::TimedOut => true,
     }
 }
 

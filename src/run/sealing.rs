@@ -55,13 +55,16 @@ impl Sealing {
     pub fn run(self) -> Result<Manifest, SealError> {
         let dir = JobDir::new(&self.layout.jobs(), &self.node.fingerprint);
         let folder = dir.attempt(self.attempt);
-        if dir.lease().is_none_or(|lease| lease.attempt != self.attempt) {
+        if !dir.has_lease(self.attempt) {
             return Err(SealError::Lease { attempt: self.attempt });
         }
         let Ok(Some(Outcome::Done { metrics, notes, seconds })) = jobdir::outcome(&folder) else {
             return Err(SealError::NotDone { path: folder });
         };
-        let earlier: Vec<_> = dir.attempts().into_iter().filter(|attempt| *attempt < self.attempt).collect();
+        let earlier: Vec<_> = match self.attempt {
+            1 => Vec::new(),
+            own => dir.attempts().into_iter().filter(|attempt| *attempt < own).collect(),
+        };
         let spans: Vec<_> = earlier.iter().filter_map(|attempt| span_ms(&dir, *attempt)).collect();
         let own = span_ms(&dir, self.attempt);
         let earlier_seconds: f64 = spans.iter().map(|(first, last)| last.saturating_sub(*first) as f64 / 1000.0).sum();

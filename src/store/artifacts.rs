@@ -7,16 +7,19 @@
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use deepgen_contract::artifact::{FileEntry, MANIFEST_FILE, MANIFEST_VERSION, Manifest};
 use deepgen_contract::id::{Fingerprint, NodeName};
 
 use super::accepted;
-use super::external::hash_file;
+use super::external::{hash_file, hash_reader};
 use super::layout::Layout;
 use crate::plan::{Known, NodeRecord};
+
+/// Files of this size are synced one by one.
+const LARGE_BYTES: u64 = 1 << 20;
 
 /// An artifact that cannot be sealed or does not verify.
 #[derive(Debug, thiserror::Error)]
@@ -194,8 +197,10 @@ fn read_manifest(folder: &Path) -> Result<Manifest, ArtifactError> {
 
 /// Turns the output folder of a job into the sealed artifact of `manifest`, whose list of files is filled in here.
 ///
-/// Everything in `out` is hashed and synced, the manifest is written last, and one rename puts it in its place. A
-/// folder that lies there already can only be one that does not verify, and is moved aside.
+/// Everything in `out` is hashed, the manifest is written last, and one rename puts it in its place: whoever is killed
+/// leaves all of it or nothing. Large files are synced here; many small ones become durable together, when the
+/// transition to `Done` does ([`super::recorder`]). A folder that lies there already can only be one that does not verify, and is moved
+/// aside.
 ///
 /// # Errors
 /// When the output cannot be read or moved; it is left where it was.
@@ -214,25 +219,25 @@ pub fn seal(layout: &Layout, out: &Path, mut manifest: Manifest) -> Result<Manif
     manifest.files.sort_by(|a, b| a.path.cmp(&b.path));
     let text = serde_json::to_vec_pretty(&manifest)
         .map_err(|error| ArtifactError::Manifest { path: out.join(MANIFEST_FILE), what: error.to_string() })?;
-    super::external::write_atomically(&out.join(MANIFEST_FILE), &text).map_err(at(out))?;
+    write_read_only(&out.join(MANIFEST_FILE), &text).map_err(at(out))?;
 
     let target = layout.artifact(&manifest.fingerprint);
     let store = layout.store();
-    fs::create_dir_all(&store).map_err(at(&store))?;
-    if target.exists() {
+    let mut moved = fs::rename(out, &target);
+    if moved.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        fs::create_dir_all(&store).map_err(at(&store))?;
+        moved = fs::rename(out, &target);
+    }
+    if moved.is_err() && target.exists() {
         let aside = store.join(format!("unverified-{}-{}", manifest.fingerprint.short(), manifest.sealed_ms));
         fs::rename(&target, aside).map_err(at(&target))?;
+        moved = fs::rename(out, &target);
     }
-    fs::rename(out, &target).map_err(at(&target))?;
-    File::open(&store).and_then(|folder| folder.sync_all()).map_err(at(&store))?;
-    for file in &manifest.files {
-        make_read_only(&target.join(&file.path)).map_err(at(&target))?;
-    }
-    make_read_only(&target.join(MANIFEST_FILE)).map_err(at(&target))?;
+    moved.map_err(at(&target))?;
     Ok(manifest)
 }
 
-/// Hashes and syncs everything under `folder`.
+/// Hashes everything under `folder` and makes it read-only.
 fn collect(folder: &Path, prefix: &str, files: &mut Vec<FileEntry>) -> Result<(), ArtifactError> {
     let io = |source| ArtifactError::Io { path: folder.to_owned(), source };
     for entry in fs::read_dir(folder).map_err(io)? {
@@ -245,19 +250,29 @@ fn collect(folder: &Path, prefix: &str, files: &mut Vec<FileEntry>) -> Result<()
             collect(&path, &format!("{name}/"), files)?;
         } else if kind.is_file() {
             let entry = (|| {
-                let file = File::open(&path)?;
-                file.sync_all()?;
-                Ok(FileEntry { path: name, bytes: file.metadata()?.len(), blake3: hash_file(&path)? })
+                let mut file = File::open(&path)?;
+                let bytes = file.metadata()?.len();
+                if bytes >= LARGE_BYTES {
+                    file.sync_all()?;
+                }
+                let blake3 = hash_reader(&mut file)?;
+                file.set_permissions(read_only())?;
+                Ok(FileEntry { path: name, bytes, blake3 })
             })();
             files.push(entry.map_err(|source| ArtifactError::Io { path: path.clone(), source })?);
         } else {
             return Err(ArtifactError::Special { path });
         }
     }
-    File::open(folder).and_then(|folder| folder.sync_all()).map_err(io)
+    Ok(())
 }
 
-fn make_read_only(path: &Path) -> io::Result<()> {
+fn read_only() -> fs::Permissions {
     use std::os::unix::fs::PermissionsExt;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o444))
+    fs::Permissions::from_mode(0o444)
+}
+
+fn write_read_only(path: &Path, text: &[u8]) -> io::Result<()> {
+    use std::os::unix::fs::OpenOptionsExt;
+    fs::OpenOptions::new().write(true).create_new(true).mode(0o444).open(path)?.write_all(text)
 }

@@ -123,10 +123,17 @@ impl ExternalFiles for FileHashes {
 /// # Errors
 /// When it cannot be read.
 pub fn hash_file(path: &Path) -> io::Result<String> {
+    hash_reader(&mut std::fs::File::open(path)?)
+}
+
+/// Returns the blake3 of what is left in a reader.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn hash_reader(reader: &mut impl io::Read) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
-    let mut file = std::fs::File::open(path)?;
     // blake3 reads 64 KiB at a time into its own buffer.
-    hasher.update_reader(&mut file)?;
+    hasher.update_reader(reader)?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 

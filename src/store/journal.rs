@@ -179,7 +179,16 @@ impl Journal {
         self.seq
     }
 
-    /// Appends events in order and returns when all of them are on disk.
+    /// Returns another handle of the file, for the one who syncs it.
+    ///
+    /// # Errors
+    /// When the process has too many files open.
+    pub fn file(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// Appends events in order and returns when all of them are written; they are durable after a sync of
+    /// [`Journal::file`].
     ///
     /// # Errors
     /// When writing fails; the journal must then be opened again.
@@ -199,7 +208,6 @@ impl Journal {
         }
         let io = |source| JournalError::Io { path: self.path.clone(), source };
         self.file.write_all(text.as_bytes()).map_err(io)?;
-        self.file.sync_data().map_err(io)?;
         Ok(records)
     }
 }

@@ -148,10 +148,3 @@ pub enum FailureCause {
     /// The worker, or the machine under it, vanished without a word.
     Lost,
 }
-
-impl FailureCause {
-    /// Returns true when another attempt of the same job may end differently.
-    pub fn may_retry(self) -> bool {
-        !matches!(self, Self::Input | Self::NonFinite)
-    }
-}
