@@ -3,6 +3,8 @@
 //! Bicubic (a = -0.5), widened by the reduction factor, with 8 bits between the passes, as Pillow does; within 2/255
 //! of it. Knows nothing of files.
 
+use std::borrow::Cow;
+
 use deepgen_contract::data::{ImageMode, ImageSettings};
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
@@ -66,12 +68,26 @@ pub fn resize(image: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Res
     if [from_width, from_height, width, height].contains(&0) {
         return Err(ResizeError::NoPixels { from_width, from_height, width, height });
     }
-    let failed = |error: &dyn std::fmt::Display| ResizeError::Resampler(error.to_string());
-    let source = ImageRef::new(from_width, from_height, image.as_raw(), PixelType::U8x3).map_err(|e| failed(&e))?;
-    let mut target = Image::new(width, height, PixelType::U8x3);
+    // Columns first and then rows, with bytes between, as Pillow does: the resampler by itself begins with the rows, and
+    // where a pass overshoots and is clamped the order shows.
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    Resizer::new().resize(&source, &mut target, &options).map_err(|e| failed(&e))?;
-    RgbImage::from_raw(width, height, target.into_vec()).ok_or_else(|| failed(&"the buffer has a wrong length"))
+    let mut resizer = Resizer::new();
+    let mut pass = |bytes: &[u8], from: (u32, u32), to: (u32, u32)| -> Result<Vec<u8>, ResizeError> {
+        let failed = |error: &dyn std::fmt::Display| ResizeError::Resampler(error.to_string());
+        let source = ImageRef::new(from.0, from.1, bytes, PixelType::U8x3).map_err(|e| failed(&e))?;
+        let mut target = Image::new(to.0, to.1, PixelType::U8x3);
+        resizer.resize(&source, &mut target, &options).map_err(|e| failed(&e))?;
+        Ok(target.into_vec())
+    };
+    let mut bytes = Cow::Borrowed(image.as_raw().as_slice());
+    if width != from_width {
+        bytes = Cow::Owned(pass(&bytes, (from_width, from_height), (width, from_height))?);
+    }
+    if height != from_height {
+        bytes = Cow::Owned(pass(&bytes, (width, from_height), (width, height))?);
+    }
+    let wrong = || ResizeError::Resampler("the buffer has a wrong length".into());
+    RgbImage::from_raw(width, height, bytes.into_owned()).ok_or_else(wrong)
 }
 
 /// Resizes by the settings' rule and maps to -1..=1.
@@ -80,6 +96,9 @@ pub fn resize(image: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Res
 /// When the image or the aimed size has no pixels.
 pub fn fit(image: &RgbImage, settings: &ImageSettings) -> Result<Pixels, ResizeError> {
     let (width, height) = target_size(image.width(), image.height(), settings);
+    if image.dimensions() == (width, height) {
+        return Ok(to_pixels(image));
+    }
     Ok(to_pixels(&resize(image, width, height)?))
 }
 
@@ -87,11 +106,15 @@ pub fn fit(image: &RgbImage, settings: &ImageSettings) -> Result<Pixels, ResizeE
 pub fn to_pixels(image: &RgbImage) -> Pixels {
     let (width, height) = (image.width() as usize, image.height() as usize);
     let plane = width * height;
+    let numbers: [f32; 256] = std::array::from_fn(|byte| byte as f32 / 255.0 * 2.0 - 1.0);
     let mut values = vec![0.0; 3 * plane];
-    for (i, pixel) in image.pixels().enumerate() {
-        for (channel, &byte) in pixel.0.iter().enumerate() {
-            values[channel * plane + i] = f32::from(byte) / 255.0 * 2.0 - 1.0;
-        }
+    // Plane by plane in step, so that all three are written in order.
+    let (red, rest) = values.split_at_mut(plane);
+    let (green, blue) = rest.split_at_mut(plane);
+    for (((pixel, red), green), blue) in image.as_raw().chunks_exact(3).zip(red).zip(green).zip(blue) {
+        *red = numbers[usize::from(pixel[0])];
+        *green = numbers[usize::from(pixel[1])];
+        *blue = numbers[usize::from(pixel[2])];
     }
     Pixels { height, width, values }
 }
