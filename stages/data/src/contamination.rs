@@ -78,7 +78,14 @@ impl<'a> Detector<'a> {
 
     /// Compares the texts of the set `member`.
     pub fn check(&self, member: &str, texts: impl Iterator<Item = impl AsRef<str>>) -> Overlap {
-        let mut overlap = Overlap {
+        let mut comparison = self.begin(member);
+        texts.for_each(|text| comparison.add(text.as_ref()));
+        comparison.finish()
+    }
+
+    /// Begins to compare the texts of the set `member`, one after another.
+    pub fn begin(&self, member: &str) -> Comparison<'_> {
+        let overlap = Overlap {
             member: member.to_owned(),
             benchmark: self.benchmark.name.clone(),
             num_texts: 0,
@@ -88,28 +95,43 @@ impl<'a> Detector<'a> {
             num_prompts: self.benchmark.prompts.len() as u64,
             examples: Vec::new(),
         };
-        let mut hit = BTreeSet::new();
-        for text in texts {
-            let text = text.as_ref();
-            overlap.num_texts += 1;
-            let words = words(text);
-            let equal = self.equal.get(&words.join(" ")).copied();
-            let shared: BTreeSet<usize> =
-                hashed_runs(&words, self.ngram).filter_map(|run| self.runs.get(&run).copied()).collect();
-            let Some(prompt) = equal.or(shared.first().copied()) else { continue };
-            match equal {
-                Some(_) => overlap.num_equal += 1,
-                None => overlap.num_sharing += 1,
-            }
-            hit.extend(equal);
-            hit.extend(&shared);
-            if overlap.examples.len() < NUM_EXAMPLES {
-                let prompt = shortened(&self.benchmark.prompts[prompt]);
-                overlap.examples.push(OverlapExample { text: shortened(text), prompt });
-            }
+        Comparison { detector: self, overlap, hit: BTreeSet::new() }
+    }
+}
+
+/// A comparison on its way: holds no text but examples, so a set may be of any size.
+pub struct Comparison<'a> {
+    detector: &'a Detector<'a>,
+    overlap: Overlap,
+    /// Prompts that some text overlaps with.
+    hit: BTreeSet<usize>,
+}
+
+impl Comparison<'_> {
+    /// Compares the next text.
+    pub fn add(&mut self, text: &str) {
+        let Detector { benchmark, ngram, equal, runs } = self.detector;
+        let overlap = &mut self.overlap;
+        overlap.num_texts += 1;
+        let words = words(text);
+        let equal = equal.get(&words.join(" ")).copied();
+        let shared: BTreeSet<usize> = hashed_runs(&words, *ngram).filter_map(|run| runs.get(&run).copied()).collect();
+        let Some(prompt) = equal.or(shared.first().copied()) else { return };
+        match equal {
+            Some(_) => overlap.num_equal += 1,
+            None => overlap.num_sharing += 1,
         }
-        overlap.num_prompts_hit = hit.len() as u64;
-        overlap
+        self.hit.extend(equal);
+        self.hit.extend(&shared);
+        if overlap.examples.len() < NUM_EXAMPLES {
+            let prompt = shortened(&benchmark.prompts[prompt]);
+            overlap.examples.push(OverlapExample { text: shortened(text), prompt });
+        }
+    }
+
+    /// Returns what was found.
+    pub fn finish(self) -> Overlap {
+        Overlap { num_prompts_hit: self.hit.len() as u64, ..self.overlap }
     }
 }
 

@@ -147,12 +147,16 @@ pub fn mix(
     }
     let mut members = Vec::new();
     let mut overlaps = Vec::new();
+    let detectors: Vec<Detector<'_>> = match settings.contamination.policy {
+        ContaminationPolicy::Off => Vec::new(),
+        _ => benchmarks.iter().map(|benchmark| Detector::new(benchmark, settings.contamination.ngram)).collect(),
+    };
     for (name, path) in &inputs {
         let open = |source| MixError::Dataset { name: name.clone(), source };
         let dataset = PreparedDataset::open(path).map_err(open)?;
         let given = settings.members.get(name).cloned().unwrap_or_default();
         check_member(name, &given, dataset.kind(), settings.sampling)?;
-        overlaps.extend(overlaps_of(name, &dataset, settings, benchmarks)?);
+        overlaps.extend(overlaps_of(name, &dataset, settings.contamination.policy, &detectors)?);
         let path = std::path::absolute(path).map_err(|source| MixError::Io { path: path.clone(), source })?;
         members.push(MixtureMember {
             name: name.clone(),
@@ -256,27 +260,24 @@ fn set_shares(settings: &MixSettings, members: &mut [MixtureMember]) {
 fn overlaps_of(
     name: &str,
     dataset: &PreparedDataset,
-    settings: &MixSettings,
-    benchmarks: &[BenchmarkPrompts],
+    policy: ContaminationPolicy,
+    detectors: &[Detector<'_>],
 ) -> Result<Vec<Overlap>, MixError> {
-    let policy = settings.contamination.policy;
-    if policy == ContaminationPolicy::Off || benchmarks.is_empty() {
+    if detectors.is_empty() {
         return Ok(Vec::new());
     }
-    let texts = dataset.texts().collect::<Result<Vec<_>, _>>();
-    let texts = texts.map_err(|source| MixError::Read { name: name.to_owned(), source: Box::new(source) })?;
-    let mut overlaps = Vec::new();
-    for benchmark in benchmarks {
-        let overlap = Detector::new(benchmark, settings.contamination.ngram).check(name, texts.iter());
-        if overlap.is_clean() {
-            continue;
-        }
-        if policy == ContaminationPolicy::Fail {
-            return Err(MixError::Contaminated { overlap: Box::new(overlap) });
-        }
-        overlaps.push(overlap);
+    let mut comparisons: Vec<_> = detectors.iter().map(|detector| detector.begin(name)).collect();
+    for text in dataset.texts() {
+        let text = text.map_err(|source| MixError::Read { name: name.to_owned(), source: Box::new(source) })?;
+        comparisons.iter_mut().for_each(|comparison| comparison.add(&text));
     }
-    Ok(overlaps)
+    let overlaps: Vec<_> = comparisons.into_iter().map(|c| c.finish()).filter(|overlap| !overlap.is_clean()).collect();
+    match overlaps.first() {
+        Some(overlap) if policy == ContaminationPolicy::Fail => {
+            Err(MixError::Contaminated { overlap: Box::new(overlap.clone()) })
+        }
+        _ => Ok(overlaps),
+    }
 }
 
 impl MixtureFile {
@@ -294,15 +295,23 @@ impl MixtureFile {
                 member.nominal_share.map_or_else(|| "-".to_owned(), percent),
             ]);
         }
-        let widths: [usize; 6] = std::array::from_fn(|c| rows.iter().map(|row| row[c].len()).max().unwrap_or(0));
-        let mut table = String::new();
-        for [set, kind, rest @ ..] in &rows {
-            let _ = write!(table, "{set:<0$}  {kind:<1$}", widths[0], widths[1]);
-            for (cell, width) in rest.iter().zip(&widths[2..]) {
-                let _ = write!(table, "  {cell:>width$}");
-            }
-            table.push('\n');
-        }
-        table
+        aligned(&rows, 2)
     }
+}
+
+/// Lays rows out in columns; the first `num_left` are aligned to the left.
+pub(crate) fn aligned<const N: usize>(rows: &[[String; N]], num_left: usize) -> String {
+    let widths: [usize; N] = std::array::from_fn(|c| rows.iter().map(|row| row[c].len()).max().unwrap_or(0));
+    let mut table = String::new();
+    for row in rows {
+        for (column, (cell, &width)) in row.iter().zip(&widths).enumerate() {
+            let gap = if column == 0 { "" } else { "  " };
+            let _ = match column < num_left {
+                true => write!(table, "{gap}{cell:<width$}"),
+                false => write!(table, "{gap}{cell:>width$}"),
+            };
+        }
+        table.push('\n');
+    }
+    table
 }
