@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model schema fuzz-spec bench-orchestrator
+.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model schema fuzz-spec bench-orchestrator bench-data fuzz-data
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -64,3 +64,10 @@ bench-orchestrator:    ## a no-op DAG of 100, 1,000, 10,000 nodes: deepgen besid
 	cargo build --release --locked -p deepgen
 	python3 benches/orchestrator/bench.py --n $(N) --reps $(REPS) --tools $(TOOLS) --work $(TARGET)/bench-orchestrator \
 		--bin deepgen=$(abspath $(TARGET))/release $(BENCH)
+
+bench-data:            ## images a second of one core: our loader beside webdataset and Pillow (PYTHON=... has them)
+	cargo build --release --locked -p deepgen-data --example load_rate
+	$(or $(PYTHON),python3) benches/data/load_rate.py $(TARGET)/release/examples/load_rate
+
+fuzz-data:             ## damaged tar shards, records, images: FUZZ_SECONDS each, 60 by default
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --locked -p deepgen-data --test fuzz -- --ignored --nocapture --test-threads=1

@@ -72,6 +72,8 @@ enum Command {
     Schema(commands::schema::SchemaArgs),
     /// Print a script that completes commands, and names of nodes, in a shell
     Completions(commands::completions::CompletionsArgs),
+    /// Look through a source of data: counts, sizes, captions, what is broken
+    Data(commands::data::DataArgs),
     /// Compare the resumable state with the journals, or make it again from them
     State(commands::state::StateArgs),
 }
@@ -165,6 +167,7 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Gc(args) => commands::gc::gc(args),
         Command::Schema(args) => commands::schema::schema(args),
         Command::Completions(args) => commands::completions::completions(args),
+        Command::Data(args) => commands::data::data(args),
         Command::State(args) => commands::state::state(args),
     }
 }

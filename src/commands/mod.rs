@@ -15,6 +15,7 @@ pub mod accept;
 pub mod attach;
 pub mod check;
 pub mod completions;
+pub mod data;
 pub mod detach;
 pub mod diff;
 pub mod doctor;

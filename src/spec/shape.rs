@@ -311,6 +311,8 @@ impl Shape {
     /// Turns the paths in `tree` from relative to the file that holds each into relative to `root`.
     pub fn settle_paths(&self, tree: &mut Tree, root: &Path) {
         match (self, &mut tree.value) {
+            // An address of an object store is relative to nothing.
+            (Self::Path, Value::Text(text)) if text.contains("://") => {}
             (Self::Path, Value::Text(text)) => *text = from_root(root, &tree.spot.source.folder, text),
             (Self::List(item, _), Value::List(items)) => {
                 items.iter_mut().for_each(|tree| item.settle_paths(tree, root))

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::eval::BenchmarkItems;
 use crate::settings::ExternalPath;
 use crate::shapes::ShapesSource;
 
@@ -69,9 +70,47 @@ pub enum SourceSettings {
         /// Reference images kept of a record: 1 in the release; 0 keeps all.
         max_references: usize,
     },
-    /// Uncompressed tar shards: files of one base name are a sample, an image and its caption in `.json` or `.txt`.
+    /// JSON lines, a record a line, with keys of one's choice; a Hugging Face image folder's `metadata.jsonl` has
+    /// `file_name` and, as a rule, `text`.
+    JsonLines {
+        /// File, or a folder whose `*.jsonl` are read in order of name.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
+        index: String,
+        /// Folder that the images are relative to; `/` takes absolute paths as they are.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
+        images: String,
+        /// Key of the caption or instruction.
+        text_key: String,
+        /// Key of the image to be made.
+        image_key: String,
+        /// Key of the image, or list of images, that an instruction is about; empty for captions.
+        #[serde(default)]
+        reference_key: String,
+        /// Reference images kept of a record; 0 keeps all.
+        #[serde(default)]
+        max_references: usize,
+    },
+    /// Parquet files with a column of images, `{bytes, path}` or bytes alone, as Hugging Face image sets have.
+    Parquet {
+        /// File, a folder of `*.parquet`, a folder and a name with `*`, or an address such as `s3://sets/a/*.parquet`.
+        #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
+        files: String,
+        /// Column of the caption or instruction.
+        text_column: String,
+        /// Column of the image to be made.
+        image_column: String,
+        /// Column of the image, or list of images, that an instruction is about; empty for captions.
+        #[serde(default)]
+        reference_column: String,
+        /// Reference images kept of a record; 0 keeps all.
+        #[serde(default)]
+        max_references: usize,
+    },
+    /// Tar shards, plain or compressed (`.tar.gz`, `.tar.zst`): files of one base name are a sample, an image and its
+    /// caption in `.json` or `.txt`. Plain shards of this machine are read in place; all others are copied.
     Tar {
-        /// A shard, a folder of shards, or a folder and a name with `*`, such as `sets/a/shard-*.tar`.
+        /// A shard, a folder of shards, a folder and a name with `*`, such as `sets/a/shard-*.tar`, or an address such
+        /// as `s3://sets/a/*.tar`.
         #[cfg_attr(feature = "schema", schemars(extend("format" = "path")))]
         shards: String,
         /// Key of the caption in the sample's `.json`.
@@ -109,16 +148,23 @@ impl SourceSettings {
             None if shards.contains('*') => ".".to_owned(),
             _ => shards.to_owned(),
         };
+        // What lies in an object store is not looked at before the run.
+        let files = |key: &str, files: &str| match files.contains("://") {
+            true => Vec::new(),
+            false => vec![path(key, &folder(files))],
+        };
         match self {
             Self::Shapes { .. } => Vec::new(),
             Self::CaptionList { index, images, captions, .. } => {
                 vec![path("index", index), path("images", images), path("captions", captions)]
             }
-            Self::Blip3o { index, images } | Self::EditList { index, images, .. } | Self::QaList { index, images } => {
-                vec![path("index", index), path("images", images)]
-            }
-            Self::Tar { shards, .. } => vec![path("shards", &folder(shards))],
-            Self::Prompts { path: prompts } => vec![path("path", prompts)],
+            Self::Blip3o { index, images }
+            | Self::EditList { index, images, .. }
+            | Self::QaList { index, images }
+            | Self::JsonLines { index, images, .. } => vec![path("index", index), path("images", images)],
+            Self::Parquet { files: all, .. } => files("files", all),
+            Self::Tar { shards, .. } => files("shards", shards),
+            Self::Prompts { path: prompts } => files("path", prompts),
         }
     }
 
@@ -129,6 +175,8 @@ impl SourceSettings {
             Self::CaptionList { .. } => "caption_list",
             Self::Blip3o { .. } => "blip3o",
             Self::EditList { .. } => "edit_list",
+            Self::JsonLines { .. } => "json_lines",
+            Self::Parquet { .. } => "parquet",
             Self::Tar { .. } => "tar",
             Self::QaList { .. } => "qa_list",
             Self::Prompts { .. } => "prompts",
@@ -209,7 +257,7 @@ impl Default for MemberSettings {
 }
 
 /// Check of a mixture's texts against the benchmarks' prompts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ContaminationSettings {
@@ -217,6 +265,23 @@ pub struct ContaminationSettings {
     pub policy: ContaminationPolicy,
     /// Words in a row that count as an overlap, beside equal texts; 0 looks for equal texts only.
     pub ngram: usize,
+    /// Benchmarks by name, as `generate` reads them, beside the embedded ones. Prompts only: an instruction without its
+    /// image is no test item.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub benchmarks: BTreeMap<String, BenchmarkItems>,
+}
+
+impl MixSettings {
+    /// Returns the files and folders outside the artifact store that the check reads.
+    pub fn external_paths(&self) -> Vec<ExternalPath> {
+        let all = self.contamination.benchmarks.iter().flat_map(|(name, items)| {
+            items.external_paths().into_iter().map(move |external| {
+                let key = external.key.replacen("items", &format!("contamination.benchmarks.{name}"), 1);
+                ExternalPath { remedy: external.remedy.replace(&external.key, &key), key, path: external.path }
+            })
+        });
+        all.collect()
+    }
 }
 
 /// What an overlap with a benchmark leads to.
@@ -254,6 +319,52 @@ pub enum ImageMode {
     FixPixels,
     /// `size` times `size`, whatever the aspect ratio.
     Exact,
+}
+
+/// What `deepgen data inspect` asks the worker to look through.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct InspectRequest {
+    /// A file, a folder, a pattern or an address; its format is told from names and from the first record.
+    pub source: String,
+    /// Folder that paths of images are relative to [default: the folder of the source].
+    pub images: Option<String>,
+    /// Folder of caption files [default: that of the images].
+    pub captions: Option<String>,
+    /// Key or column of the text.
+    pub text_key: Option<String>,
+    /// Key or column of the image.
+    pub image_key: Option<String>,
+    /// Key or column of the references of an edit.
+    pub reference_key: Option<String>,
+    /// Records looked at; 0 for all.
+    pub limit: u64,
+    /// Samples shown.
+    pub num_samples: usize,
+    /// File that receives the contact sheet, a PNG; nothing for none.
+    pub sheet: Option<String>,
+    /// Both sides must exceed this, in pixels.
+    pub min_side: u32,
+    /// Answers with JSON instead of a table.
+    pub json: bool,
+}
+
+impl Default for InspectRequest {
+    fn default() -> Self {
+        Self {
+            source: String::new(),
+            images: None,
+            captions: None,
+            text_key: None,
+            image_key: None,
+            reference_key: None,
+            limit: 10_000,
+            num_samples: 12,
+            sheet: None,
+            min_side: 80,
+            json: false,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -114,6 +114,7 @@ impl Settings {
                 remedy: format!("get it from {} or set `path`", import.origin),
             }],
             Self::Prepare(prepare) => prepare.source.external_paths(),
+            Self::Mix(mix) => mix.external_paths(),
             Self::Generate(generate) => generate.items.external_paths(),
             Self::Rl(rl) => rl.external_paths(),
             Self::Command(command) => command.external_paths(),

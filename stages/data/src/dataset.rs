@@ -3,6 +3,7 @@
 //! `index.jsonl` holds a record a line, `index.offsets` where each line starts; `dataset.json` says what it is and was
 //! written last. A sample costs two small reads and its images, whatever the size of the set.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::sample::{QuestionSample, Sample, SetKind};
-use crate::source::{DataSource, ReadError, Record, read_image};
+use crate::source::{DataSource, Fault, ReadError, Record, RecordSource, ScanError, Visit, read_image};
 
 /// Version of [`DatasetFile`] and of the index beside it.
 pub const DATASET_VERSION: u32 = 1;
@@ -23,6 +24,8 @@ pub const INDEX_FILE: &str = "index.jsonl";
 pub const OFFSETS_FILE: &str = "index.offsets";
 /// Records left out, with a reason each.
 pub const QUARANTINE_FILE: &str = "quarantine.jsonl";
+/// Images that records carried, end to end; only there when some did.
+pub const PACK_FILE: &str = "images.pack";
 /// Longest index line, in bytes.
 const MAX_LINE: u64 = 64 << 20;
 
@@ -46,6 +49,9 @@ pub struct DatasetFile {
     pub num_duplicates: u64,
     /// Samples of the set in the paper; 0 when unknown.
     pub nominal_size: u64,
+    /// Records left out by sort of trouble, duplicates included.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub causes: BTreeMap<String, u64>,
 }
 
 /// Why a data set cannot be opened.
@@ -188,6 +194,26 @@ impl PreparedDataset {
 
     fn holds_no(&self, wanted: &'static str) -> ReadError {
         ReadError::Kind { place: self.dir.display().to_string(), found: self.kind().name(), wanted }
+    }
+}
+
+impl RecordSource for PreparedDataset {
+    fn kind(&self) -> SetKind {
+        self.file.kind
+    }
+
+    fn roots(&self) -> &[PathBuf] {
+        &self.roots
+    }
+
+    fn scan(&self, visit: &mut Visit<'_>) -> Result<(), ScanError> {
+        for index in 0..self.file.num_samples {
+            let found = self.record(index).map_err(|error| Fault::from(&error).of(format!("{INDEX_FILE}#{index}")));
+            if !visit(found) {
+                break;
+            }
+        }
+        Ok(())
     }
 }
 

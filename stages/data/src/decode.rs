@@ -1,4 +1,4 @@
-//! Bytes of a PNG or JPEG file to RGB pixels, with limits that hold before any pixel is allocated.
+//! Bytes of a PNG, JPEG or WebP file to RGB pixels, with limits that hold before any pixel is allocated.
 //!
 //! As the release does: alpha is dropped, not composited, and EXIF orientation is ignored.
 
@@ -9,6 +9,9 @@ use thiserror::Error;
 
 /// Largest image that is decoded, in pixels: a header that claims more is refused.
 pub const MAX_PIXELS: u64 = 100_000_000;
+/// Image that any file may claim to be, in pixels, and pixels a byte beyond that: a photograph has some tens at most.
+const FREE_PIXELS: u64 = 4_000_000;
+const MAX_PIXELS_PER_BYTE: u64 = 2_000;
 /// Largest side, in pixels.
 const MAX_SIDE: u32 = 65_535;
 /// Most bytes a decoder may allocate: the largest image in 16-bit RGBA.
@@ -28,6 +31,16 @@ pub enum DecodeError {
         /// Claimed height.
         height: u32,
     },
+    /// The header claims far more than the bytes can hold.
+    #[error("the image header claims {width}x{height} pixels in {num_bytes} bytes: a decompression bomb")]
+    Bomb {
+        /// Claimed width.
+        width: u32,
+        /// Claimed height.
+        height: u32,
+        /// Bytes there are.
+        num_bytes: usize,
+    },
     /// The decoder gave up.
     #[error("the image cannot be decoded: {0}")]
     Decoder(#[from] image::ImageError),
@@ -36,10 +49,10 @@ pub enum DecodeError {
     Read(#[from] std::io::Error),
 }
 
-/// Decodes a PNG or JPEG file.
+/// Decodes a PNG, JPEG or WebP file.
 ///
 /// # Errors
-/// When the bytes are no image, are cut short, or claim more than [`MAX_PIXELS`].
+/// When the bytes are no image, are cut short, or claim more than [`MAX_PIXELS`] or far more than they can hold.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     if bytes.is_empty() {
         return Err(DecodeError::Empty);
@@ -52,8 +65,12 @@ pub fn decode(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     reader.limits(limits);
     let decoder = reader.into_decoder()?;
     let (width, height) = decoder.dimensions();
-    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+    let num_pixels = u64::from(width) * u64::from(height);
+    if num_pixels > MAX_PIXELS {
         return Err(DecodeError::TooLarge { width, height });
+    }
+    if num_pixels > FREE_PIXELS && num_pixels / MAX_PIXELS_PER_BYTE > bytes.len() as u64 {
+        return Err(DecodeError::Bomb { width, height, num_bytes: bytes.len() });
     }
     Ok(DynamicImage::from_decoder(decoder)?.into_rgb8())
 }
@@ -87,6 +104,19 @@ mod tests {
         bytes[29..33].copy_from_slice(&crc.to_be_bytes());
         let error = decode(&bytes).expect_err("3.6 gigapixels").to_string();
         assert!(error.contains("60000x60000") || error.contains("limit"), "{error}");
+    }
+
+    #[test]
+    fn a_small_file_that_claims_a_large_image_is_refused() {
+        let bytes = png(image::GrayImage::new(6000, 6000).into());
+        assert!(bytes.len() > 18_000, "{}", bytes.len());
+        assert_eq!(decode(&bytes).unwrap().dimensions(), (6000, 6000));
+        let mut bytes = png(RgbImage::new(1, 1).into());
+        bytes[16..20].copy_from_slice(&9_000u32.to_be_bytes());
+        bytes[20..24].copy_from_slice(&9_000u32.to_be_bytes());
+        let crc = crc32(&bytes[12..29]);
+        bytes[29..33].copy_from_slice(&crc.to_be_bytes());
+        assert!(matches!(decode(&bytes), Err(DecodeError::Bomb { width: 9000, .. })));
     }
 
     #[test]

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use crate::source::{Broken, Found, Location, Record, ScanError, Visit, below_root};
+use crate::sample::SetKind;
+use crate::source::{Cause, Fault, Found, Location, Record, RecordSource, ScanError, Visit, below_root};
 
 /// Largest caption file, in bytes.
 const MAX_CAPTION_FILE: u64 = 16 << 20;
@@ -36,12 +37,49 @@ pub enum ListForm {
     },
 }
 
+/// A JSON list with its folder of images.
+#[derive(Debug)]
+pub struct JsonList {
+    index: PathBuf,
+    roots: [PathBuf; 1],
+    form: ListForm,
+}
+
+impl JsonList {
+    /// Returns the source; `index` is a JSON file or a folder of them, images lie below `images`.
+    pub fn new(index: PathBuf, images: PathBuf, form: ListForm) -> Self {
+        Self { index, roots: [images], form }
+    }
+}
+
+impl RecordSource for JsonList {
+    fn kind(&self) -> SetKind {
+        match self.form {
+            ListForm::Caption { .. } | ListForm::Blip3o => SetKind::Generation,
+            ListForm::Qa => SetKind::Questions,
+            ListForm::Edit { .. } => SetKind::Edit,
+        }
+    }
+
+    fn roots(&self) -> &[PathBuf] {
+        &self.roots
+    }
+
+    fn has_size_limits(&self) -> bool {
+        matches!(self.form, ListForm::Caption { .. })
+    }
+
+    fn scan(&self, visit: &mut Visit<'_>) -> Result<(), ScanError> {
+        scan(&self.index, &self.roots[0], &self.form, visit)
+    }
+}
+
 /// Reads every record of `index`, a JSON file or a folder of them; images lie below `images`, root 0 of the records.
 ///
 /// # Errors
 /// When the index is missing or the folder holds no `*.json`.
 pub fn scan(index: &Path, images: &Path, form: &ListForm, visit: &mut Visit<'_>) -> Result<(), ScanError> {
-    for file in index_files(index)? {
+    for file in files_of(index, "json", "*.json")? {
         let reader = File::open(&file).map_err(|source| ScanError::Io { path: file.clone(), source })?;
         let name = file.file_name().map_or_else(|| file.display().to_string(), |name| name.to_string_lossy().into());
         let mut go_on = true;
@@ -59,7 +97,7 @@ pub fn scan(index: &Path, images: &Path, form: &ListForm, visit: &mut Visit<'_>)
         }
         if let Err(error) = outcome {
             let reason = format!("not a JSON array of records from here on: {error}");
-            if !visit(Err(Broken { key: format!("{name}#{num_seen}"), reason })) {
+            if !visit(Err(Fault::new(Cause::Damaged, reason).of(format!("{name}#{num_seen}")))) {
                 return Ok(());
             }
         }
@@ -67,8 +105,8 @@ pub fn scan(index: &Path, images: &Path, form: &ListForm, visit: &mut Visit<'_>)
     Ok(())
 }
 
-/// Returns the file itself, or the `*.json` directly inside the folder, sorted by name.
-fn index_files(index: &Path) -> Result<Vec<PathBuf>, ScanError> {
+/// Returns the file itself, or the files with `extension` directly inside the folder, sorted by name.
+pub(crate) fn files_of(index: &Path, extension: &str, what: &'static str) -> Result<Vec<PathBuf>, ScanError> {
     let io = |source| ScanError::Io { path: index.to_owned(), source };
     if std::fs::metadata(index).map_err(io)?.is_file() {
         return Ok(vec![index.to_owned()]);
@@ -76,22 +114,21 @@ fn index_files(index: &Path) -> Result<Vec<PathBuf>, ScanError> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(index).map_err(io)? {
         let path = entry.map_err(io)?.path();
-        if path.extension().is_some_and(|extension| extension == "json") && path.is_file() {
+        if path.extension().is_some_and(|found| found == extension) && path.is_file() {
             files.push(path);
         }
     }
     files.sort();
     match files.is_empty() {
-        true => Err(ScanError::Nothing { path: index.to_owned(), what: "*.json" }),
+        true => Err(ScanError::Nothing { path: index.to_owned(), what }),
         false => Ok(files),
     }
 }
 
 fn parse(value: &Value, images: &Path, form: &ListForm, key: &str) -> Found {
-    let broken = |reason| Broken { key: key.to_owned(), reason };
-    let record = || -> Result<Record, String> {
+    let record = || -> Result<Record, Fault> {
         let fields = value.as_object().ok_or_else(|| format!("a record is an object, not {}", kind_of(value)))?;
-        let locate = |path: &str| below_root(images, path).map(|path| Location { root: 0, path, span: None });
+        let locate = |path: &str| below_root(images, path).map(|path| Location::file(0, path));
         let whole = |text: String, image: Location| Record {
             key: key.to_owned(),
             text,
@@ -119,31 +156,44 @@ fn parse(value: &Value, images: &Path, form: &ListForm, key: &str) -> Found {
                 let image = locate(text(fields, "output_image")?)?;
                 let inputs = match fields.get("input_image") {
                     Some(Value::Array(inputs)) if !inputs.is_empty() => inputs,
-                    Some(other) => return Err(format!("`input_image` is {}, not a list of paths", kind_of(other))),
-                    None => return Err("`input_image` is missing".into()),
+                    Some(other) => {
+                        return Err(format!("`input_image` is {}, not a list of paths", kind_of(other)).into());
+                    }
+                    None => return Err("`input_image` is missing".to_owned().into()),
                 };
-                let num_kept = if *max_references == 0 { inputs.len() } else { *max_references };
-                let references = inputs.iter().take(num_kept).map(|input| {
-                    locate(input.as_str().ok_or_else(|| format!("`input_image` holds {}", kind_of(input)))?)
-                });
-                let references = references.collect::<Result<_, _>>()?;
+                let references = located(inputs, *max_references, "input_image", locate)?;
                 Ok(Record { references, ..whole(text(fields, "instruction")?.to_owned(), image) })
             }
         }
     };
-    record().map_err(broken)
+    record().map_err(|fault| fault.of(key))
+}
+
+/// Returns where the paths of a list point; `max_references` 0 keeps all.
+pub(crate) fn located(
+    paths: &[Value],
+    max_references: usize,
+    key: &str,
+    locate: impl Fn(&str) -> Result<Location, Fault>,
+) -> Result<Vec<Location>, Fault> {
+    let num_kept = if max_references == 0 { paths.len() } else { max_references };
+    let each = paths
+        .iter()
+        .take(num_kept)
+        .map(|path| locate(path.as_str().ok_or_else(|| Fault::from(format!("`{key}` holds {}", kind_of(path))))?));
+    each.collect()
 }
 
 /// Returns the string at `key`.
-pub(crate) fn text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, String> {
+pub(crate) fn text<'a>(fields: &'a Map<String, Value>, key: &str) -> Result<&'a str, Fault> {
     match fields.get(key) {
         Some(Value::String(text)) => Ok(text),
-        Some(other) => Err(format!("`{key}` is {}, not text", kind_of(other))),
-        None => Err(format!("`{key}` is missing")),
+        Some(other) => Err(format!("`{key}` is {}, not text", kind_of(other)).into()),
+        None => Err(format!("`{key}` is missing").into()),
     }
 }
 
-fn kind_of(value: &Value) -> &'static str {
+pub(crate) fn kind_of(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "a boolean",
@@ -155,19 +205,23 @@ fn kind_of(value: &Value) -> &'static str {
     }
 }
 
-fn caption_at(path: &Path, caption_key: &str) -> Result<String, String> {
+fn caption_at(path: &Path, caption_key: &str) -> Result<String, Fault> {
     let at = |reason: String| format!("caption file {}: {reason}", path.display());
+    let io = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::NotFound => Fault::new(Cause::Missing, at(error.to_string())),
+        _ => Fault::new(Cause::Unreadable, at(error.to_string())),
+    };
     let mut bytes = Vec::new();
-    let file = File::open(path).map_err(|error| at(error.to_string()))?;
-    file.take(MAX_CAPTION_FILE).read_to_end(&mut bytes).map_err(|error| at(error.to_string()))?;
-    caption_in(&bytes, caption_key).map_err(at)
+    let file = File::open(path).map_err(io)?;
+    file.take(MAX_CAPTION_FILE).read_to_end(&mut bytes).map_err(io)?;
+    caption_in(&bytes, caption_key).map_err(|reason| Fault::new(Cause::Text, at(reason)))
 }
 
 /// Returns the caption at `caption_key` of a JSON object.
 pub(crate) fn caption_in(bytes: &[u8], caption_key: &str) -> Result<String, String> {
     let value: Value = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     let fields = value.as_object().ok_or_else(|| format!("it holds {}, not an object", kind_of(&value)))?;
-    text(fields, caption_key).map(str::to_owned)
+    text(fields, caption_key).map(str::to_owned).map_err(|fault| fault.reason)
 }
 
 /// Hands each element of a JSON array to a function, until it returns false.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use crate::dataset::{DatasetError, PreparedDataset};
-use crate::mix::{MIXTURE_FILE, MIXTURE_VERSION, MixtureFile};
+use crate::mix::{MIXTURE_FILE, MIXTURE_VERSION, MixtureFile, aligned};
 use crate::sample::{PromptSample, Sample, SetKind, Task};
 use crate::source::{DataSource, ReadError};
 use crate::stream::{ItemRef, Shard, Stream, StreamMember, cycle_place};
@@ -219,6 +219,32 @@ impl Mixture {
         let task = kind.task().ok_or(MixtureError::NoSuchKind { kind: SetKind::Generation })?;
         let size = self.file.micro_batch as u64;
         Ok(Slot { task, items: self.items(kind, shard, batch * size, size)? })
+    }
+
+    /// Returns how many samples of each member the first `iterations` batches of `world` programs hold: the realised
+    /// mixture, by arithmetic. Nothing for prompts, which are not drawn in batches.
+    pub fn num_drawn(&self, seed: u64, world: u64, iterations: u64) -> Vec<u64> {
+        let mut counts = vec![0; self.file.members.len()];
+        for rank in 0..world {
+            for iteration in 0..iterations {
+                let Ok(slot) = self.slot(Shard { seed, rank, world }, iteration) else { return counts };
+                slot.items.iter().for_each(|item| counts[item.member] += 1);
+            }
+        }
+        counts
+    }
+
+    /// Returns what was drawn beside what was expected, as a table for a person.
+    pub fn realised_table(&self, num_drawn: &[u64]) -> String {
+        let total = num_drawn.iter().sum::<u64>().max(1) as f64;
+        let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+        let mut rows = vec![["set", "kind", "drawn", "share", "realised"].map(str::to_owned)];
+        for (member, &count) in self.file.members.iter().zip(num_drawn) {
+            let kind = member.kind.name().to_owned();
+            let (share, realised) = (percent(member.share), percent(count as f64 / total));
+            rows.push([member.name.clone(), kind, count.to_string(), share, realised]);
+        }
+        aligned(&rows, 2)
     }
 
     /// Returns `count` samples of `kind` of this program, from its element `first` on.

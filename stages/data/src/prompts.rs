@@ -4,22 +4,40 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::json_list::text;
-use crate::source::{Broken, Found, Record, ScanError, Visit};
+use crate::sample::SetKind;
+use crate::source::{Cause, Fault, Found, Record, RecordSource, ScanError, Visit};
 
 /// Longest line, in bytes.
-const MAX_LINE: u64 = 1 << 20;
+pub(crate) const MAX_LINE: u64 = 1 << 20;
+
+/// A prompt file.
+#[derive(Debug)]
+pub struct PromptFile(pub PathBuf);
+
+impl RecordSource for PromptFile {
+    fn kind(&self) -> SetKind {
+        SetKind::Prompts
+    }
+
+    fn roots(&self) -> &[PathBuf] {
+        &[]
+    }
+
+    fn scan(&self, visit: &mut Visit<'_>) -> Result<(), ScanError> {
+        scan(&self.0, visit)
+    }
+}
 
 /// Reads every prompt of a `.txt` or `.jsonl` file.
 ///
 /// # Errors
 /// When the file is missing, fails while it is read, or has another format.
 pub fn scan(path: &Path, visit: &mut Visit<'_>) -> Result<(), ScanError> {
-    let io = |source| ScanError::Io { path: path.to_owned(), source };
     let is_json = match path.extension().and_then(|extension| extension.to_str()) {
         Some("txt") => false,
         Some("jsonl") => true,
@@ -28,6 +46,16 @@ pub fn scan(path: &Path, visit: &mut Visit<'_>) -> Result<(), ScanError> {
             return Err(ScanError::Format { path: path.to_owned(), reason });
         }
     };
+    each_line(path, &mut |line, key| prompt(line, is_json, key), visit)
+}
+
+/// Hands what `parse` makes of each line of a file to `visit`; a line without end is told as such and passed over.
+pub(crate) fn each_line(
+    path: &Path,
+    parse: &mut dyn FnMut(&str, String) -> Option<Found>,
+    visit: &mut Visit<'_>,
+) -> Result<(), ScanError> {
+    let io = |source| ScanError::Io { path: path.to_owned(), source };
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let mut reader = BufReader::new(File::open(path).map_err(io)?);
     let mut line = Vec::new();
@@ -40,9 +68,14 @@ pub fn scan(path: &Path, visit: &mut Visit<'_>) -> Result<(), ScanError> {
         let found = match line.len() as u64 == MAX_LINE && !line.ends_with(b"\n") {
             true => {
                 reader.skip_until(b'\n').map_err(io)?;
-                Some(Err(Broken { key, reason: format!("the line is longer than {MAX_LINE} bytes") }))
+                let reason = format!("the line is longer than {MAX_LINE} bytes");
+                Some(Err(Fault::new(Cause::TooLarge, reason).of(key)))
             }
-            false => prompt(&line, is_json, key),
+            false => match stripped(&line) {
+                Ok("") => None,
+                Ok(line) => parse(line, key),
+                Err(fault) => Some(Err(fault.of(key))),
+            },
         };
         if let Some(found) = found
             && !visit(found)
@@ -53,33 +86,30 @@ pub fn scan(path: &Path, visit: &mut Visit<'_>) -> Result<(), ScanError> {
     Ok(())
 }
 
-/// Returns what a line holds; nothing for a blank one.
-fn prompt(line: &[u8], is_json: bool, key: String) -> Option<Found> {
-    let broken = |reason: String| Some(Err(Broken { key: key.clone(), reason }));
-    // Files edited elsewhere may begin with a byte order mark.
+/// Returns a line without the white space around it. Files edited elsewhere may begin with a byte order mark.
+fn stripped(line: &[u8]) -> Result<&str, Fault> {
     let line = line.strip_prefix("\u{feff}".as_bytes()).unwrap_or(line);
-    let stripped = match std::str::from_utf8(line) {
-        Ok(line) => line.trim(),
-        Err(error) => return broken(format!("not UTF-8: {error}")),
-    };
-    if stripped.is_empty() {
-        return None;
-    }
+    let text = std::str::from_utf8(line).map_err(|error| Fault::new(Cause::Text, format!("not UTF-8: {error}")))?;
+    Ok(text.trim())
+}
+
+/// Returns what a line holds.
+fn prompt(line: &str, is_json: bool, key: String) -> Option<Found> {
     let found = match is_json {
-        false => Ok(stripped.to_owned()),
-        true => match serde_json::from_str(stripped) {
+        false => Ok(line.to_owned()),
+        true => match serde_json::from_str(line) {
             Ok(Value::Object(fields)) => {
                 let field = if fields.contains_key("prompt") { "prompt" } else { "caption" };
                 text(&fields, field).map(|text| text.trim().to_owned())
             }
-            Ok(_) => Err("the line is no JSON object".into()),
-            Err(error) => Err(error.to_string()),
+            Ok(_) => Err(Fault::from("the line is no JSON object".to_owned())),
+            Err(error) => Err(Fault::from(error.to_string())),
         },
     };
-    match found {
-        Ok(text) => Some(Ok(Record { key, text, answer: None, image: None, references: Vec::new() })),
-        Err(reason) => broken(reason),
-    }
+    Some(match found {
+        Ok(text) => Ok(Record { key, text, answer: None, image: None, references: Vec::new() }),
+        Err(fault) => Err(fault.of(key)),
+    })
 }
 
 #[cfg(test)]

@@ -1,21 +1,44 @@
-//! What a source is: a number of samples, each to be had by its place; and the records that stand for them on disk.
+//! What a source is: records to be had in order, once; and a data set: samples to be had by their place.
 //!
-//! A record says where its images lie, as a path below one of a few roots, or as a span of bytes of such a file. Knows
-//! neither the formats that records come from nor the order in which they are read.
+//! A record says where its images lie, as a path below one of a few roots, or as a span of bytes of such a file; or it
+//! carries them, where a file cannot be read in place. Knows neither the formats that records come from nor the order
+//! in which they are read.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::decode::{DecodeError, decode};
-use crate::sample::Sample;
+use crate::sample::{Sample, SetKind};
 
 /// Largest image file that is read, in bytes.
 pub const MAX_FILE_BYTES: u64 = 512 << 20;
+
+/// A source on disk, whatever its format: the one door through which records come in.
+pub trait RecordSource: Sync {
+    /// Returns what its records are.
+    fn kind(&self) -> SetKind;
+
+    /// Returns the folders that locations refer to.
+    fn roots(&self) -> &[PathBuf];
+
+    /// Returns true when the release puts size limits on images of this format.
+    fn has_size_limits(&self) -> bool {
+        false
+    }
+
+    /// Hands every record to `visit`, in order; what is no record is handed over with what is wrong with it.
+    ///
+    /// # Errors
+    /// When the source cannot be read at all.
+    fn scan(&self, visit: &mut Visit<'_>) -> Result<(), ScanError>;
+}
 
 /// Samples to be had by their place.
 pub trait DataSource {
@@ -110,6 +133,26 @@ pub struct Location {
     /// Part of the file, if it is not all of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub span: Option<Span>,
+    /// The bytes themselves, from a reader of files that cannot be read in place; never stored with the location.
+    #[serde(skip)]
+    pub held: Option<Arc<[u8]>>,
+}
+
+impl Location {
+    /// Returns the location of a whole file.
+    pub fn file(root: usize, path: impl Into<String>) -> Self {
+        Self { root, path: path.into(), span: None, held: None }
+    }
+
+    /// Returns the location of a part of a file.
+    pub fn part(root: usize, path: impl Into<String>, span: Span) -> Self {
+        Self { root, path: path.into(), span: Some(span), held: None }
+    }
+
+    /// Returns bytes that came from the file `path`.
+    pub fn held(root: usize, path: impl Into<String>, bytes: impl Into<Arc<[u8]>>) -> Self {
+        Self { root, path: path.into(), span: None, held: Some(bytes.into()) }
+    }
 }
 
 /// Bytes of a file.
@@ -141,14 +184,117 @@ pub struct Record {
     pub references: Vec<Location>,
 }
 
+impl Record {
+    /// Returns the bytes of images that it carries.
+    pub fn held_bytes(&self) -> usize {
+        self.image.iter().chain(&self.references).filter_map(|location| location.held.as_ref()).map(|b| b.len()).sum()
+    }
+}
+
 /// A record that cannot be used, and why.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Broken {
     /// File and place in it.
     pub key: String,
+    /// Sort of trouble, to count by.
+    #[serde(default)]
+    pub cause: Cause,
     /// What is wrong with it.
     pub reason: String,
+}
+
+/// Sorts of trouble with a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cause {
+    /// A key is missing or holds something else than it should.
+    #[default]
+    Record,
+    /// A path climbs out of its folder or names no file.
+    Path,
+    /// A file is not there.
+    Missing,
+    /// A file is there and cannot be read.
+    Unreadable,
+    /// Its text is missing, empty or no text.
+    Text,
+    /// It has no image.
+    NoImage,
+    /// The bytes are no image, or half of one.
+    Undecodable,
+    /// The file or the image is larger than any real one.
+    TooLarge,
+    /// A side is below the limit.
+    TooSmall,
+    /// The ratio of its sides is beyond the limits.
+    AspectRatio,
+    /// Text and images equal those of an earlier record.
+    Duplicate,
+    /// Part of a shard or list is damaged; records may be missing.
+    Damaged,
+}
+
+impl Cause {
+    /// Returns its name in files, tables and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Record => "record",
+            Self::Path => "path",
+            Self::Missing => "missing",
+            Self::Unreadable => "unreadable",
+            Self::Text => "text",
+            Self::NoImage => "no_image",
+            Self::Undecodable => "undecodable",
+            Self::TooLarge => "too_large",
+            Self::TooSmall => "too_small",
+            Self::AspectRatio => "aspect_ratio",
+            Self::Duplicate => "duplicate",
+            Self::Damaged => "damaged",
+        }
+    }
+}
+
+/// What is wrong with a record whose name is known elsewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault {
+    /// Sort of trouble.
+    pub cause: Cause,
+    /// In words.
+    pub reason: String,
+}
+
+impl Fault {
+    /// Returns a fault of the sort `cause`.
+    pub fn new(cause: Cause, reason: impl Into<String>) -> Self {
+        Self { cause, reason: reason.into() }
+    }
+
+    /// Returns the record `key` with this fault.
+    pub fn of(self, key: impl Into<String>) -> Broken {
+        Broken { key: key.into(), cause: self.cause, reason: self.reason }
+    }
+}
+
+impl From<String> for Fault {
+    fn from(reason: String) -> Self {
+        Self::new(Cause::Record, reason)
+    }
+}
+
+impl From<&ReadError> for Fault {
+    fn from(error: &ReadError) -> Self {
+        let cause = match error {
+            ReadError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Cause::Missing,
+            ReadError::TooLong { .. }
+            | ReadError::Decode { source: DecodeError::TooLarge { .. } | DecodeError::Bomb { .. }, .. } => {
+                Cause::TooLarge
+            }
+            ReadError::Decode { .. } => Cause::Undecodable,
+            _ => Cause::Unreadable,
+        };
+        Self::new(cause, error.to_string())
+    }
 }
 
 /// What a reader finds at the next place of a source.
@@ -176,6 +322,14 @@ pub enum ScanError {
         /// What was looked for.
         what: &'static str,
     },
+    /// An object store does not answer.
+    #[error("{address}: {reason}")]
+    Store {
+        /// The address.
+        address: String,
+        /// Why.
+        reason: String,
+    },
     /// The format is not read.
     #[error("{}: {reason}", path.display())]
     Format {
@@ -189,12 +343,13 @@ pub enum ScanError {
 /// Returns `path` as a path below `root`, with `/` between parts.
 ///
 /// # Errors
-/// In words, when the path is empty, climbs out of the root, or is absolute and not below it. Links are followed when
-/// the file is read: whoever laid out the folder made them.
-pub fn below_root(root: &Path, path: &str) -> Result<String, String> {
+/// When the path is empty, climbs out of the root, or is absolute and not below it. Links are followed when the file
+/// is read: whoever laid out the folder made them.
+pub fn below_root(root: &Path, path: &str) -> Result<String, Fault> {
+    let wrong = |reason| Fault::new(Cause::Path, reason);
     let given = Path::new(path);
     let relative = match given.is_absolute() {
-        true => given.strip_prefix(root).map_err(|_| format!("`{path}` lies outside of {}", root.display()))?,
+        true => given.strip_prefix(root).map_err(|_| wrong(format!("`{path}` lies outside of {}", root.display())))?,
         false => given,
     };
     let mut parts = Vec::new();
@@ -202,17 +357,20 @@ pub fn below_root(root: &Path, path: &str) -> Result<String, String> {
         match component {
             Component::Normal(part) => parts.push(part.to_string_lossy()),
             Component::CurDir => {}
-            _ => return Err(format!("`{path}` climbs out of {}", root.display())),
+            _ => return Err(wrong(format!("`{path}` climbs out of {}", root.display()))),
         }
     }
     match parts.is_empty() || path.contains('\0') {
-        true => Err(format!("`{path}` names no file")),
+        true => Err(wrong(format!("`{path}` names no file"))),
         false => Ok(parts.join("/")),
     }
 }
 
-/// Reads the files that `location` points into.
-pub(crate) fn read_bytes(roots: &[PathBuf], location: &Location, key: &str) -> Result<Vec<u8>, ReadError> {
+/// Reads the bytes that `location` points to.
+pub(crate) fn read_bytes<'a>(roots: &[PathBuf], location: &'a Location, key: &str) -> Result<Cow<'a, [u8]>, ReadError> {
+    if let Some(bytes) = &location.held {
+        return Ok(Cow::Borrowed(bytes));
+    }
     let missing_root = || ReadError::Index {
         path: PathBuf::from(&location.path),
         index: location.root as u64,
@@ -240,7 +398,7 @@ pub(crate) fn read_bytes(roots: &[PathBuf], location: &Location, key: &str) -> R
             file.read_exact_at(&mut buffer, span.offset).map_err(io)?;
         }
     }
-    Ok(buffer)
+    Ok(Cow::Owned(buffer))
 }
 
 /// Decodes the image bytes of a record's file.
@@ -281,12 +439,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("a"), b"0123456789").unwrap();
         let roots = [dir.path().to_owned()];
-        let at = |offset, length| Location { root: 0, path: "a".into(), span: Some(Span { offset, length }) };
-        assert_eq!(read_bytes(&roots, &at(2, 3), "k").unwrap(), b"234");
+        let at = |offset, length| Location::part(0, "a", Span { offset, length });
+        assert_eq!(&*read_bytes(&roots, &at(2, 3), "k").unwrap(), b"234");
         assert!(read_bytes(&roots, &at(8, 3), "k").is_err());
         assert!(read_bytes(&roots, &at(u64::MAX, 3), "k").is_err());
-        assert!(read_bytes(&roots, &Location { root: 1, path: "a".into(), span: None }, "k").is_err());
-        let whole = Location { root: 0, path: "a".into(), span: None };
-        assert_eq!(read_bytes(&roots, &whole, "k").unwrap().len(), 10);
+        assert!(read_bytes(&roots, &Location::file(1, "a"), "k").is_err());
+        assert_eq!(read_bytes(&roots, &Location::file(0, "a"), "k").unwrap().len(), 10);
+        assert_eq!(&*read_bytes(&[], &Location::held(0, "a", *b"xy"), "k").unwrap(), b"xy");
     }
 }

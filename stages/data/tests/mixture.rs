@@ -1,7 +1,9 @@
 //! Mixtures over prepared data sets: order, resume, ranks, shares, held-out samples, batches, and what is refused.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use deepgen_contract::data::{
     ContaminationPolicy, ContaminationSettings, FilterSettings, ImageMode, ImageSettings, MemberSettings, MixSettings,
@@ -41,7 +43,7 @@ fn settings(edit: u64, generation: u64) -> MixSettings {
         micro_batch: 4,
         sampling: Sampling::Permutation,
         members: [].into(),
-        contamination: ContaminationSettings { policy: ContaminationPolicy::Warn, ngram: 8 },
+        contamination: ContaminationSettings { policy: ContaminationPolicy::Warn, ngram: 8, benchmarks: [].into() },
     }
 }
 
@@ -141,9 +143,9 @@ fn a_prefetched_run_from_the_middle_gives_the_batches_of_a_plain_one() {
     let loader = Arc::new(loader(&joint(&dir)));
     let shard = Shard { seed: 7, rank: 1, world: 2 };
     let plain: Vec<Batch> = (0..24).map(|m| loader.load(shard, m).unwrap()).collect();
-    for first in [0, 11] {
+    for (first, num_threads) in [(0, 1), (0, 2), (0, 4), (11, 2)] {
         let loader = Arc::clone(&loader);
-        let ahead = Prefetch::new(first..24, 3, 2, move |m| loader.load(shard, m).unwrap());
+        let ahead = Prefetch::new(first..24, 3, num_threads, move |m| loader.load(shard, m).unwrap());
         assert!(ahead.eq(plain[first as usize..].iter().cloned()));
     }
     let captions: Vec<_> = plain.iter().filter(|b| b.task == Task::TextToImage).flat_map(|b| &b.texts).collect();
@@ -158,6 +160,99 @@ fn a_prefetched_run_from_the_middle_gives_the_batches_of_a_plain_one() {
         assert_eq!(ids.iter().filter(|&&id| id == image_pad).count(), 16);
     }
     assert_eq!((edit.images[0].height, edit.images[0].width, edit.images[0].values.len()), (32, 32, 3 * 32 * 32));
+}
+
+/// A batch that is counted while it lives.
+struct Counted(Batch, Arc<AtomicI64>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.1.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn no_more_batches_are_in_memory_than_the_depth_and_the_one_in_use() {
+    let dir = tempfile::tempdir().unwrap();
+    let loader = Arc::new(loader(&joint(&dir)));
+    for (depth, num_threads) in [(1, 1), (2, 4), (5, 2)] {
+        let (alive, most) = (Arc::new(AtomicI64::new(0)), Arc::new(AtomicI64::new(0)));
+        let (count, peak, loader) = (Arc::clone(&alive), Arc::clone(&most), Arc::clone(&loader));
+        let ahead = Prefetch::new(0..40, depth, num_threads, move |m| {
+            peak.fetch_max(count.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            Counted(loader.load(Shard::single(7), m).unwrap(), Arc::clone(&count))
+        });
+        let mut num_samples = 0;
+        for batch in ahead {
+            num_samples += batch.0.images.len();
+            std::thread::yield_now();
+        }
+        assert_eq!(num_samples, 160);
+        assert!(most.load(Ordering::SeqCst) <= depth as i64 + 1, "{most:?} at depth {depth}");
+        assert_eq!(alive.load(Ordering::SeqCst), 0);
+    }
+}
+
+#[test]
+fn images_of_several_sizes_make_one_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut lines = String::new();
+    for (i, (width, height)) in [(64, 64), (100, 50), (50, 100), (65, 64)].into_iter().enumerate() {
+        image::RgbImage::new(width, height).save(dir.path().join(format!("{i}.png"))).unwrap();
+        lines += &format!("{{\"file_name\":\"{i}.png\",\"text\":\"picture {i}\"}}\n");
+    }
+    std::fs::write(dir.path().join("metadata.jsonl"), lines).unwrap();
+    let source = SourceSettings::JsonLines {
+        index: "metadata.jsonl".into(),
+        images: ".".into(),
+        text_key: "text".into(),
+        image_key: "file_name".into(),
+        reference_key: String::new(),
+        max_references: 0,
+    };
+    let filters = FilterSettings { min_side: 0, min_aspect: 0.1, max_aspect: 10.0 };
+    let out = dir.path().join("set");
+    let place = PreparePlace { seed: 5, project_root: dir.path(), out_dir: &out, num_threads: 1 };
+    prepare(&PrepareSettings { source, nominal_size: 0, filters, dedupe: false }, &place, &mut |_| true).unwrap();
+    let mixed = dir.path().join("mix");
+    mix(&settings(0, 1), &[("set".into(), out)], &[], &mixed).unwrap();
+    let mut loader = loader(&mixed);
+    loader.image = ImageSettings { size: 64, unit: 16, mode: ImageMode::FixPixels };
+    let batch = loader.load(Shard::single(1), 0).unwrap();
+    let sizes: BTreeMap<String, (usize, usize)> = batch
+        .keys
+        .iter()
+        .zip(&batch.images)
+        .map(|(key, image)| {
+            assert_eq!(image.values.len(), 3 * image.width * image.height);
+            (key.clone(), (image.width, image.height))
+        })
+        .collect();
+    // 100x50 by 64 / sqrt(5000) is 90.5x45.3, rounded up to whole units.
+    let expected = [(64, 64), (96, 48), (48, 96), (80, 64)];
+    assert_eq!(sizes.into_values().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn what_was_drawn_is_counted_by_arithmetic() {
+    let dir = tempfile::tempdir().unwrap();
+    let mixture = Mixture::open(&joint(&dir)).unwrap();
+    let drawn = mixture.num_drawn(3, 2, 10);
+    let mut counted = vec![0; 3];
+    for rank in 0..2 {
+        for m in 0..10 {
+            mixture
+                .slot(Shard { seed: 3, rank, world: 2 }, m)
+                .unwrap()
+                .items
+                .iter()
+                .for_each(|i| counted[i.member] += 1);
+        }
+    }
+    assert_eq!((drawn.clone(), drawn.iter().sum::<u64>()), (counted, 80));
+    // Ten batches of E, G, G, G, ...: three of edits.
+    assert_eq!(drawn[1], 24);
+    assert!(mixture.realised_table(&drawn).contains("edits     edit           24  25.0 %    30.0 %"));
 }
 
 #[test]

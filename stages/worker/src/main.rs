@@ -1,5 +1,6 @@
 //! `deepgen-worker JOB_DIR`: runs one job directory to its outcome. `deepgen-worker hash DIR`: prints a folder's blake3.
 //! `deepgen-worker parity DIR`: compares with the tensors of the reference implementations.
+//! `deepgen-worker data inspect REQUEST`: looks through a source of data.
 //!
 //! The one binary with Burn in it; knows no pipeline. The orchestrator starts it, and so can a person with a shell.
 
@@ -20,6 +21,7 @@ mod files;
 mod fit;
 mod flow_step;
 mod guard;
+mod inspect;
 mod items;
 mod job;
 mod model_folder;
@@ -40,7 +42,9 @@ mod warm_start;
 
 const USAGE: &str = "usage: deepgen-worker JOB_DIR    run the job described by JOB_DIR/job.json
        deepgen-worker hash DIR   print the blake3 over a folder's files
-       deepgen-worker features   print the devices that this binary was built for";
+       deepgen-worker features   print the devices that this binary was built for
+       deepgen-worker data inspect REQUEST   look through a source of data; REQUEST is JSON, such as
+                                 '{\"source\": \"sets/a\"}' (deepgen data inspect SOURCE writes it)";
 
 /// Returns the devices that this binary was built for.
 fn features() -> Vec<&'static str> {
@@ -63,6 +67,7 @@ fn main() -> ExitCode {
             println!("{}", features().join(", "));
             return ExitCode::SUCCESS;
         }
+        [noun, verb, request] if noun == "data" && verb == "inspect" => inspect::run(request),
         [folder] => run_job(Path::new(folder)),
         _ => {
             eprintln!("{USAGE}\n       {}", parity::USAGE);

@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use deepgen_contract::data::MixSettings;
+use deepgen_contract::data::{ContaminationPolicy, ContaminationSettings, MixSettings};
+use deepgen_contract::eval::BenchmarkItems;
 use deepgen_contract::shapes::{ShapesSuite, ShapesWorld};
 use deepgen_data::contamination::BenchmarkPrompts;
 use deepgen_data::mix::mix;
 use deepgen_data::shapes::benchmark;
 
-use crate::error::{JobResult, OrFail};
+use crate::error::{JobError, JobResult, OrFail};
+use crate::items;
 use crate::job::{JobContext, JobEnd, JobReport};
 
 /// Prompts of each embedded benchmark that texts are compared with, and the seed that the pipelines draw them with.
@@ -22,8 +24,15 @@ const BENCHMARK_SAMPLE: (u64, usize) = (11, 400);
 pub fn run(settings: &MixSettings, context: &mut JobContext) -> JobResult<JobEnd> {
     let inputs: Vec<(String, PathBuf)> =
         context.spec.inputs.iter().map(|(name, input)| (name.clone(), input.path.clone())).collect();
-    let file = mix(settings, &inputs, &embedded_benchmarks()?, &context.out()).or_input(|| "mix")?;
+    let mut benchmarks = embedded_benchmarks()?;
+    benchmarks.extend(named_benchmarks(&settings.contamination, context)?);
+    let file = mix(settings, &inputs, &benchmarks, &context.out()).or_input(|| "mix")?;
     context.emitter.note(file.table());
+    if settings.contamination.policy != ContaminationPolicy::Off {
+        let names = benchmarks.iter().map(|benchmark| format!("{} ({})", benchmark.name, benchmark.prompts.len()));
+        let names = names.collect::<Vec<_>>().join(", ");
+        context.emitter.note(format!("texts compared with the prompts of {names}"));
+    }
     let overlaps: Vec<String> = file
         .overlaps
         .iter()
@@ -46,6 +55,19 @@ pub fn run(settings: &MixSettings, context: &mut JobContext) -> JobResult<JobEnd
         }
     }
     Ok(JobEnd::Done(JobReport { metrics, notes: Vec::new() }))
+}
+
+/// Returns the prompts of the benchmarks that the settings name.
+fn named_benchmarks(settings: &ContaminationSettings, context: &JobContext) -> JobResult<Vec<BenchmarkPrompts>> {
+    let all = settings.benchmarks.iter().map(|(name, benchmark)| {
+        if let BenchmarkItems::EditsJson { .. } = benchmark {
+            let text = format!("`contamination.benchmarks.{name}` holds edits; only prompts are compared");
+            return Err(JobError::input(text));
+        }
+        let items = items::load(benchmark, |path| context.spec.project_root.join(path))?;
+        Ok(BenchmarkPrompts { name: name.clone(), prompts: items.into_iter().map(|item| item.prompt).collect() })
+    });
+    all.collect()
 }
 
 /// Returns the prompts of the embedded benchmarks. Those of edits are left out: an edit is an instruction and an image, and

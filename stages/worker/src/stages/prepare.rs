@@ -43,10 +43,13 @@ pub fn run(settings: &PrepareSettings, context: &mut JobContext) -> JobResult<Jo
     if dataset.num_samples == 0 {
         return Err(JobError::input("the source holds no usable record"));
     }
-    let metrics = BTreeMap::from([
+    let mut metrics = BTreeMap::from([
         ("data/num_samples".to_owned(), dataset.num_samples as f64),
         ("data/num_quarantined".to_owned(), dataset.num_quarantined as f64),
         ("data/num_duplicates".to_owned(), dataset.num_duplicates as f64),
     ]);
+    for (cause, count) in &dataset.causes {
+        metrics.insert(format!("data/set_aside/{cause}"), *count as f64);
+    }
     Ok(JobEnd::Done(JobReport { metrics, notes: Vec::new() }))
 }

@@ -54,10 +54,17 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: settings.train.on_non_finite,
     };
-    let metrics = match fit(&mut trainer, &plan, context)? {
+    let mut metrics = match fit(&mut trainer, &plan, context)? {
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
+    let mixture = &trainer.loader.mixture;
+    let num_drawn = mixture.num_drawn(trainer.seed, 1, settings.train.max_iters);
+    let total = num_drawn.iter().sum::<u64>().max(1) as f64;
+    for (member, &count) in mixture.description().members.iter().zip(&num_drawn) {
+        metrics.insert(format!("data/share/{}", member.name), count as f64 / total);
+    }
+    context.emitter.note(mixture.realised_table(&num_drawn));
     model_folder::write_checkpoint(trainer.model(), trainer.ema.as_ref(), &context.out())?;
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
