@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::id::Fingerprint;
+use crate::precision::PrecisionSettings;
 use crate::settings::ExternalPath;
 use crate::shapes::{Expectation, ShapesSuite, ShapesWorld};
 
@@ -170,6 +171,9 @@ pub struct GenerateSettings {
     pub seed: u64,
     /// Images drawn at once; the result does not depend on it.
     pub batch: usize,
+    /// Number types.
+    #[serde(default)]
+    pub precision: PrecisionSettings,
 }
 
 /// Who looks at the images.

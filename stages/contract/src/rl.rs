@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::ImageSettings;
 use crate::eval::JudgeSettings;
+use crate::precision::PrecisionSettings;
 use crate::settings::ExternalPath;
 use crate::shapes::ShapesWorld;
 use crate::train::{CheckpointSettings, FloatKind, OnNonFinite, OptimizerSettings};
@@ -33,6 +34,9 @@ pub struct RlSettings {
     pub checkpoint: CheckpointSettings,
     /// How images of the auxiliary loss are brought to size.
     pub image: ImageSettings,
+    /// Number types.
+    #[serde(default)]
+    pub precision: PrecisionSettings,
 }
 
 /// A reward (docs/spec/rewards.md sections 3 to 5).

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::ImageSettings;
 use crate::model::{BridgeConfig, LoraConfig};
+use crate::precision::PrecisionSettings;
 
 /// Settings of a `train` stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,6 +29,9 @@ pub struct TrainSettings {
     pub checkpoint: CheckpointSettings,
     /// How images are brought to size.
     pub image: ImageSettings,
+    /// Number types.
+    #[serde(default)]
+    pub precision: PrecisionSettings,
 }
 
 /// Parts that training adds to the base model.
