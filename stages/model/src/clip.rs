@@ -4,8 +4,8 @@
 //! Shapes: b batch, l positions, d width, c channels, p projection width.
 
 use burn::module::{Module, Param};
-use burn::tensor::TensorData;
 use burn::tensor::activation::sigmoid;
+use burn::tensor::{DType, TensorData};
 use serde::Deserialize;
 
 use crate::attention::attention;
@@ -365,8 +365,10 @@ impl Clip {
         let device = tower.embeddings.token_embedding.weight.lazy_device();
         let (b, l) = (ids.len(), ids.first().map_or(0, Vec::len));
         let flat: Vec<i64> = ids.iter().flatten().map(|&id| i64::from(id)).collect();
-        let tokens =
-            tower.embeddings.token_embedding.forward(IntTensor::from_data(TensorData::new(flat, [b, l]), &device));
+        let tokens = tower
+            .embeddings
+            .token_embedding
+            .forward(IntTensor::from_data(TensorData::new(flat, [b, l]), &device), DType::F32);
         let positions = tower.embeddings.position_embedding.weight.val().narrow(0, 0, l).unsqueeze::<3>();
         let mut mask = Vec::with_capacity(b * l * l);
         for row in is_real {

@@ -4,11 +4,12 @@
 //! Shapes: b batch, t tokens, d width.
 
 use burn::module::{Module, Param};
+use burn::tensor::DType;
 use deepgen_contract::model::ConditionerConfig;
 
 use crate::attention::attention;
 use crate::init::{Fill, Init};
-use crate::nn::{Embedding, LayerNorm, Linear, gelu_tanh};
+use crate::nn::{Embedding, LayerNorm, Linear, gelu_tanh, to_f32};
 use crate::{IntTensor, Tensor};
 
 /// Epsilon of the norms.
@@ -88,8 +89,9 @@ impl Conditioner {
     /// ids [b, t] -> [b, t, d], [b, d]
     pub fn forward(&self, ids_bt: IntTensor<2>) -> (Tensor<3>, Tensor<2>) {
         let t = ids_bt.dims()[1];
-        let positions = self.position_embedding.val().narrow(0, 0, t).unsqueeze::<3>();
-        let x_btd = self.token_embedding.forward(ids_bt) + positions;
+        // It is small and runs once a prompt: f32, on every device.
+        let positions = to_f32(self.position_embedding.val().narrow(0, 0, t)).unsqueeze::<3>();
+        let x_btd = self.token_embedding.forward(ids_bt, DType::F32) + positions;
         let x_btd = self.final_norm.forward(self.layers.iter().fold(x_btd, |x, layer| layer.forward(x)));
         let pooled = x_btd.clone().mean_dim(1).squeeze_dim::<2>(1);
         (x_btd, pooled)

@@ -72,8 +72,10 @@ impl Vlm {
             if step + 1 == num_tokens {
                 break;
             }
-            let embeds =
-                self.model.embed_tokens.forward(IntTensor::from_data(TensorData::new(ids, [b, 1]), &self.device()));
+            let embeds = self
+                .model
+                .embed_tokens
+                .forward(IntTensor::from_data(TensorData::new(ids, [b, 1]), &self.device()), self.dtype());
             let axis: Vec<Vec<i64>> = next.iter().map(|&position| vec![position]).collect();
             let positions = PositionIds { axis: [axis.clone(), axis.clone(), axis] };
             states = self.model.read_on(embeds, &positions, &vec![vec![true]; b], &mut cache);

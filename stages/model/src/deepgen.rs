@@ -32,6 +32,8 @@ pub struct DeepGen {
     spec: ModelSpec,
     #[module(skip)]
     bridge_config: BridgeConfig,
+    #[module(skip)]
+    compute: DType,
 }
 
 /// Clean latents with what was drawn for them: what a loss is computed on.
@@ -70,7 +72,14 @@ impl DeepGen {
             vae: parts.vae.ok_or(PartsError::Missing("autoencoder"))?,
             spec: parts.spec,
             bridge_config,
+            compute: DType::F32,
         })
+    }
+
+    /// Computes in `dtype` from now on, whatever types the parameters are held in. Norm statistics, softmax, rotary
+    /// angles, timestep sinusoid and loss stay in f32 (docs/spec/model.md section 8).
+    pub fn computing_in(self, dtype: FloatDType) -> Self {
+        Self { vlm: self.vlm.computing_in(dtype), compute: dtype.into(), ..self }
     }
 
     /// Takes the parts apart; the base's own text encoder is not among them.
@@ -233,8 +242,8 @@ impl DeepGen {
         }
     }
 
-    /// The type that DiT and autoencoder compute in: parts are cast together.
-    fn dtype(&self) -> DType {
-        self.dit.proj_out.weight.val().dtype()
+    /// Returns the type that the model computes in.
+    pub fn dtype(&self) -> DType {
+        self.compute
     }
 }

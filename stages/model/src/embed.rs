@@ -9,9 +9,8 @@ use burn::tensor::TensorData;
 use deepgen_contract::model::DitConfig;
 
 use crate::Tensor;
-use crate::fused;
 use crate::init::{Fill, Init};
-use crate::nn::{Conv2d, Linear, silu, to_dtype};
+use crate::nn::{Conv2d, Linear, like, product, silu, to_dtype};
 
 /// Channels of the timestep sinusoid.
 const SINUSOID_CHANNELS: usize = 256;
@@ -56,9 +55,10 @@ impl PatchEmbed {
         let weight = self.proj.weight.val();
         let [width, c, _, _] = weight.dims();
         let patches = patchify(x_bchw, patch);
-        let tokens =
-            fused::linear(patches, weight.reshape([width, c * patch * patch]), self.proj.bias.as_ref().map(Param::val));
-        tokens + self.crop(h / patch, w / patch)
+        let bias = self.proj.bias.as_ref().map(Param::val);
+        let tokens = product(patches, weight.reshape([width, c * patch * patch]), bias);
+        let positions = like(&tokens, self.crop(h / patch, w / patch));
+        tokens + positions
     }
 
     /// Returns the positions of a grid of `rows` x `columns` patches.

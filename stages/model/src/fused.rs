@@ -60,6 +60,19 @@ fn composite_linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Optio
     .reshape(shape)
 }
 
+/// [`linear`] over a frozen weight that is held in another type than `x`; it gets no gradient.
+pub fn stored_linear<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    #[cfg(feature = "flex")]
+    if cpu::takes(&x) && cpu::holds(&weight) {
+        return match bias {
+            Some(bias) => cpu::apply(cpu::StoredLinear::<3>, [x.into(), weight.into(), bias.into()]),
+            None => cpu::apply(cpu::StoredLinear::<2>, [x.into(), weight.into()]),
+        };
+    }
+    let weight = to_dtype(weight, x.dtype());
+    linear(x, weight, bias)
+}
+
 /// Root-mean-square norm over the last axis in f32, cast back, times the weight.
 ///
 /// # Shapes

@@ -9,9 +9,8 @@ use burn::tensor::TensorData;
 use deepgen_contract::model::LanguageConfig;
 
 use crate::attention::attention;
-use crate::fused;
 use crate::init::{Fill, Init};
-use crate::nn::{Embedding, Linear, RmsNorm, silu};
+use crate::nn::{Embedding, Linear, RmsNorm, product, silu};
 use crate::rope::{PositionIds, Rotary};
 use crate::{BoolTensor, Device, Tensor};
 
@@ -251,6 +250,6 @@ impl LanguageModel {
     /// # Shapes
     /// - `hidden_bld`: `[batch, positions, hidden]`; returned `[batch, positions, vocab]`
     pub fn logits(&self, hidden_bld: Tensor<3>) -> Tensor<3> {
-        fused::linear(hidden_bld, self.embed_tokens.weight.val(), None)
+        product(hidden_bld, self.embed_tokens.weight.val(), None)
     }
 }

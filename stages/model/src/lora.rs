@@ -10,12 +10,12 @@ use std::path::Path;
 use burn::module::Param;
 use deepgen_contract::model::{LoraConfig, LoraTargets};
 
-use crate::Tensor;
 use crate::init::{Fill, Init};
-use crate::nn::{EmbeddingLora, Linear, LoraAdapter};
+use crate::nn::{EmbeddingLora, Linear, LoraAdapter, to_f32};
 use crate::parts::tensors_where;
 use crate::vlm::{Vlm, hub_name, is_adapter, is_head};
 use crate::weights::{self, Mismatch, StoredType, WeightFile, WeightsError, for_each_param, map_params};
+use crate::{Device, Tensor};
 
 /// What PEFT puts before every name in an adapter file.
 const ADAPTER_FILE_PREFIX: &str = "base_model.model.";
@@ -69,7 +69,8 @@ fn off_tape(param: &Param<Tensor<2>>) -> Tensor<2> {
 fn add(param: Param<Tensor<2>>, delta: Tensor<2>) -> Param<Tensor<2>> {
     param.map(|weight| {
         let (is_autodiff, require_grad) = (weight.is_autodiff(), weight.is_require_grad());
-        let merged = weight.without_autodiff() + delta;
+        // The sum is made in f32, whatever type the weight is held in.
+        let merged = to_f32(weight.without_autodiff()) + delta;
         if is_autodiff { Tensor::from_inner(merged).set_require_grad(require_grad) } else { merged }
     })
 }
@@ -114,8 +115,29 @@ fn linears(vlm: &mut Vlm, targets: LoraTargets) -> Vec<(String, &mut Linear)> {
     found
 }
 
+/// Returns what the adapters in `file` (names as in the model) add to the weight `name`, or `None` when it has none.
+///
+/// # Errors
+/// When one of the two matrices is missing.
+pub fn delta(file: &WeightFile, name: &str, scale: f64, device: &Device) -> Result<Option<Tensor<2>>, WeightsError> {
+    let Some(layer) = name.strip_suffix(".weight") else { return Ok(None) };
+    let matrix = |name: &str| -> Result<Tensor<2>, WeightsError> { Ok(Tensor::from_data(file.get(name)?, device)) };
+    for (a, b, is_embedding) in [
+        ("lora_A.default.weight", "lora_B.default.weight", false),
+        ("lora_embedding_A.default", "lora_embedding_B.default", true),
+    ] {
+        let (a, b) = (format!("{layer}.{a}"), format!("{layer}.{b}"));
+        if file.shape(&a).is_none() && file.shape(&b).is_none() {
+            continue;
+        }
+        let product = matrix(&b)?.matmul(matrix(&a)?).mul_scalar(scale);
+        return Ok(Some(if is_embedding { product.transpose() } else { product }));
+    }
+    Ok(None)
+}
+
 /// Returns PEFT's name in an adapter file for the adapter parameter `name` (hub spelling).
-fn adapter_file_name(name: &str) -> String {
+pub fn adapter_file_name(name: &str) -> String {
     let name = name.replace(".default", "");
     let module = match name.strip_prefix("model.") {
         Some(rest) => format!("model.language_model.{rest}"),

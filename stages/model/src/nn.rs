@@ -1,6 +1,6 @@
 //! The layers everything is made of: linear (with an optional adapter), embedding, norms, convolution, activations.
 //!
-//! Knows no architecture. Field names and module paths give the reference's tensor names (see `weights`).
+//! Knows no architecture. A layer computes in the type of its input, whatever type its parameters are held in. Field names and module paths give the reference's tensor names (see `weights`).
 //! Shapes: b batch, l positions, c channels, h height, w width, r rank of an adapter.
 
 use burn::module::{Module, Param};
@@ -30,8 +30,8 @@ impl LoraAdapter {
     /// # Shapes
     /// [.., inputs] -> [.., outputs]
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let low = fused::linear(random::dropout(x, self.dropout), self.a.val(), None);
-        fused::linear(low, self.b.val(), None).mul_scalar(self.scale)
+        let low = product(random::dropout(x, self.dropout), self.a.val(), None);
+        product(low, self.b.val(), None).mul_scalar(self.scale)
     }
 }
 
@@ -71,8 +71,8 @@ impl Linear {
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let bias = self.bias.as_ref().map(Param::val);
         match &self.lora {
-            Some(lora) => fused::linear(x.clone(), self.weight.val(), bias) + lora.forward(x),
-            None => fused::linear(x, self.weight.val(), bias),
+            Some(lora) => product(x.clone(), self.weight.val(), bias) + lora.forward(x),
+            None => product(x, self.weight.val(), bias),
         }
     }
 
@@ -108,16 +108,18 @@ impl Embedding {
         Self { weight: init.param("weight", [vocabulary, hidden], fill), lora: None }
     }
 
+    /// Returns the rows in `dtype`, whatever type the table is held in.
+    ///
     /// # Shapes
     /// ids [b, l] -> [b, l, hidden]
-    pub fn forward(&self, ids_bl: IntTensor<2>) -> Tensor<3> {
+    pub fn forward(&self, ids_bl: IntTensor<2>, dtype: DType) -> Tensor<3> {
         let [b, l] = ids_bl.dims();
         let ids = ids_bl.reshape([b * l]);
-        let rows = self.weight.val().select(0, ids.clone());
+        let rows = to_dtype(self.weight.val().select(0, ids.clone()), dtype);
         let rows = match &self.lora {
             Some(lora) => {
-                let low = lora.embedding_a.val().select(1, ids).transpose();
-                rows + fused::linear(low, lora.embedding_b.val(), None).mul_scalar(lora.scale)
+                let low = to_dtype(lora.embedding_a.val().select(1, ids).transpose(), dtype);
+                rows + product(low, lora.embedding_b.val(), None).mul_scalar(lora.scale)
             }
             None => rows,
         };
@@ -144,7 +146,8 @@ impl RmsNorm {
     /// # Shapes
     /// [.., c] -> [.., c]
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        fused::rms_norm(x, self.weight.val(), self.eps)
+        let weight = like(&x, self.weight.val());
+        fused::rms_norm(x, weight, self.eps)
     }
 }
 
@@ -170,12 +173,13 @@ impl LayerNorm {
     /// [.., c] -> [.., c]
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         if let (Some(weight), Some(bias)) = (&self.weight, &self.bias) {
-            return fused::layer_norm(x, weight.val(), bias.val(), self.eps);
+            let (weight, bias) = (like(&x, weight.val()), like(&x, bias.val()));
+            return fused::layer_norm(x, weight, bias, self.eps);
         }
         let x = fused::normalize(x, self.eps);
         let shape = last_axis::<D>(x.dims()[D - 1]);
-        let x = self.weight.iter().fold(x, |x, weight| x * weight.val().reshape(shape));
-        self.bias.iter().fold(x, |x, bias| x + bias.val().reshape(shape))
+        let x = self.weight.iter().fold(x, |x, weight| x.clone() * like(&x, weight.val()).reshape(shape));
+        self.bias.iter().fold(x, |x, bias| x.clone() + like(&x, bias.val()).reshape(shape))
     }
 }
 
@@ -212,8 +216,9 @@ impl Conv2d {
     /// # Shapes
     /// [b, inputs, h, w] -> [b, outputs, h', w']
     pub fn forward(&self, x_bchw: Tensor<4>) -> Tensor<4> {
-        let bias = self.bias.as_ref().map(Param::val);
-        fused::conv2d(x_bchw, self.weight.val(), bias, self.stride, self.padding)
+        let bias = self.bias.as_ref().map(|bias| like(&x_bchw, bias.val()));
+        let weight = like(&x_bchw, self.weight.val());
+        fused::conv2d(x_bchw, weight, bias, self.stride, self.padding)
     }
 }
 
@@ -240,7 +245,7 @@ impl GroupNorm {
     /// # Shapes
     /// [b, c, h, w] -> [b, c, h, w]
     pub fn forward(&self, x_bchw: Tensor<4>) -> Tensor<4> {
-        fused::group_norm(x_bchw, self.weight.val(), self.bias.val(), self.groups, self.eps, false)
+        self.normalised(x_bchw, false)
     }
 
     /// Norm followed by SiLU, in one pass where the device allows it.
@@ -248,8 +253,30 @@ impl GroupNorm {
     /// # Shapes
     /// [b, c, h, w] -> [b, c, h, w]
     pub fn forward_silu(&self, x_bchw: Tensor<4>) -> Tensor<4> {
-        fused::group_norm(x_bchw, self.weight.val(), self.bias.val(), self.groups, self.eps, true)
+        self.normalised(x_bchw, true)
     }
+
+    fn normalised(&self, x_bchw: Tensor<4>, then_silu: bool) -> Tensor<4> {
+        let (weight, bias) = (like(&x_bchw, self.weight.val()), like(&x_bchw, self.bias.val()));
+        fused::group_norm(x_bchw, weight, bias, self.groups, self.eps, then_silu)
+    }
+}
+
+/// x W^T + b in the type of `x`, whatever types W and b are held in.
+///
+/// A gradient reaches a held f32 value through the cast; a frozen bf16 one is widened where it is used and not kept.
+pub fn product<const D: usize>(x: Tensor<D>, weight: Tensor<2>, bias: Option<Tensor<1>>) -> Tensor<D> {
+    let bias = bias.map(|bias| like(&x, bias));
+    if weight.dtype() != x.dtype() && !weight.is_require_grad() {
+        return fused::stored_linear(x, weight, bias);
+    }
+    let weight = like(&x, weight);
+    fused::linear(x, weight, bias)
+}
+
+/// Returns `held` in the type of `x`: what is computed with it is computed in that type.
+pub fn like<const D: usize, const E: usize>(x: &Tensor<D>, held: Tensor<E>) -> Tensor<E> {
+    to_dtype(held, x.dtype())
 }
 
 /// Returns the shape that broadcasts a vector over all axes but the last.

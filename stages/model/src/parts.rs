@@ -26,16 +26,22 @@ use crate::init::Init;
 use crate::lora;
 use crate::vae::Vae;
 use crate::vlm::{Vlm, is_adapter};
-use crate::weights::{StoredType, WeightFile, WeightsError, for_each_param, load_into, save};
+use crate::weights::{Held, StoredType, WeightFile, WeightWriter, WeightsError, for_each_param, load_into_held, specs};
 
 /// The file that says what the parts are.
 pub const SPEC_FILE: &str = "model.json";
-const VLM_FILE: &str = "vlm.safetensors";
-const LORA_FILE: &str = "lora.safetensors";
-const BRIDGE_FILE: &str = "bridge.safetensors";
-const DIT_FILE: &str = "transformer.safetensors";
-const VAE_FILE: &str = "vae.safetensors";
-const CONDITIONER_FILE: &str = "conditioner.safetensors";
+/// Vision-language model without adapters.
+pub const VLM_FILE: &str = "vlm.safetensors";
+/// Adapters.
+pub const LORA_FILE: &str = "lora.safetensors";
+/// Bridge.
+pub const BRIDGE_FILE: &str = "bridge.safetensors";
+/// Diffusion transformer.
+pub const DIT_FILE: &str = "transformer.safetensors";
+/// Autoencoder.
+pub const VAE_FILE: &str = "vae.safetensors";
+/// Text encoder of the base.
+pub const CONDITIONER_FILE: &str = "conditioner.safetensors";
 
 /// Why parts could not be read, written or put together.
 #[derive(Debug, thiserror::Error)]
@@ -115,32 +121,42 @@ impl Parts {
     /// # Errors
     /// When the description or a file does not fit.
     pub fn load(folder: &Path, device: &Device) -> Result<Self, PartsError> {
+        Self::load_held(folder, device, Held::F32)
+    }
+
+    /// Like [`Parts::load`], held as `held` says; adapters are always held in f32.
+    ///
+    /// # Errors
+    /// See [`Parts::load`].
+    pub fn load_held(folder: &Path, device: &Device, held: Held) -> Result<Self, PartsError> {
         let path = folder.join(SPEC_FILE);
         let text = std::fs::read_to_string(&path).map_err(|source| PartsError::Io { path: path.clone(), source })?;
         let spec: ModelSpec = serde_json::from_str(&text).map_err(|source| PartsError::Spec { path, source })?;
         // Parameters are drawn lazily, so the seed of weights that a file replaces does not matter.
+        let part = Loading { folder, held };
         let init = Init::new(0, device);
         let base = &spec.base;
-        let vlm = match load_part(folder, VLM_FILE, || Vlm::new(&init, &base.vlm), Vlm::load)? {
-            Some(vlm) => Some(load_adapters(vlm, &spec, folder)?),
-            None => None,
-        };
+        let vlm =
+            match load_part(folder, VLM_FILE, || Vlm::new(&init, &base.vlm), |vlm, file| vlm.load_held(file, held))? {
+                Some(vlm) => Some(load_adapters(vlm, &spec, folder)?),
+                None => None,
+            };
         let bridge = match &spec.bridge {
             Some(config) => {
                 let fresh = Bridge::new(&init, config, &base.vlm.language, &base.dit).map_err(PartsError::Bridge)?;
-                load_part(folder, BRIDGE_FILE, || fresh, plain)?
+                part.load(BRIDGE_FILE, || fresh)?
             }
             None => None,
         };
         let conditioner = match &base.conditioner {
-            Some(config) => load_part(folder, CONDITIONER_FILE, || Conditioner::new(&init, config), plain)?,
+            Some(config) => part.load(CONDITIONER_FILE, || Conditioner::new(&init, config))?,
             None => None,
         };
         Ok(Self {
             vlm,
             bridge,
-            dit: load_part(folder, DIT_FILE, || Dit::new(&init, &base.dit), plain)?,
-            vae: load_part(folder, VAE_FILE, || Vae::new(&init, &base.vae), plain)?,
+            dit: part.load(DIT_FILE, || Dit::new(&init, &base.dit))?,
+            vae: part.load(VAE_FILE, || Vae::new(&init, &base.vae))?,
             conditioner,
             spec,
         })
@@ -186,8 +202,16 @@ impl Parts {
     }
 }
 
-fn plain<M: Module>(module: M, file: &WeightFile) -> Result<M, WeightsError> {
-    load_into(module, file, "")
+/// A folder whose parts are held in a certain way.
+struct Loading<'a> {
+    folder: &'a Path,
+    held: Held,
+}
+
+impl Loading<'_> {
+    fn load<M: Module>(&self, name: &str, fresh: impl FnOnce() -> M) -> Result<Option<M>, PartsError> {
+        load_part(self.folder, name, fresh, |module, file| load_into_held(module, file, "", self.held))
+    }
 }
 
 fn load_part<M>(
@@ -213,8 +237,20 @@ fn load_adapters(vlm: Vlm, spec: &ModelSpec, folder: &Path) -> Result<Vlm, Parts
     }
 }
 
+/// Writes a module without its adapters, one tensor after the other.
 fn save_part<M: Module>(folder: &Path, name: &str, module: &M, dtype: StoredType) -> Result<(), PartsError> {
     let path = folder.join(name);
-    let tensors = tensors_where(module, |name| !is_adapter(name));
-    save(&path, &tensors, dtype, &BTreeMap::new()).map_err(|source| PartsError::Weights { path, source })
+    let written = || {
+        let specs = specs(module, dtype).into_iter().filter(|spec| !is_adapter(&spec.name)).collect();
+        let stem = name.trim_end_matches(".safetensors");
+        let mut writer = WeightWriter::new(folder, stem, specs, &BTreeMap::new(), u64::MAX)?;
+        let mut result = Ok(());
+        for_each_param(module, |name, param| {
+            if result.is_ok() && !is_adapter(name) {
+                result = writer.push(name, &param.value().into_data());
+            }
+        });
+        result.and_then(|()| writer.finish())
+    };
+    written().map_err(|source| PartsError::Weights { path, source })
 }

@@ -13,10 +13,9 @@ use burn::tensor::TensorData;
 use deepgen_contract::model::VisionConfig;
 
 use crate::attention::attention;
-use crate::fused;
 use crate::init::{Fill, Init};
 use crate::language::INIT_STD;
-use crate::nn::{Linear, RmsNorm, gelu_erf, silu};
+use crate::nn::{Linear, RmsNorm, gelu_erf, product, silu};
 use crate::probe::tap;
 use crate::rope::{Grid, Rotary};
 use crate::{Device, IntTensor, Tensor};
@@ -335,7 +334,7 @@ impl VisionTower {
         let permuted = by_cell.select(1, indices(&plan.order, &device)).reshape([n, p, k]);
         let h = self.config.hidden_size;
         let kernel: Tensor<2> = self.patch_embed.proj.weight.val().reshape([h, k]);
-        let mut x = fused::linear(permuted, kernel, None);
+        let mut x = product(permuted, kernel, None);
         tap(|| "vision.patch_embed".into(), &x);
 
         let places: Vec<(usize, usize)> = plan

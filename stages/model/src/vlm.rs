@@ -6,8 +6,8 @@
 //! queries, d decoder width, v rows of all images.
 
 use burn::module::Module;
-use burn::tensor::TensorData;
 use burn::tensor::activation::log_softmax;
+use burn::tensor::{DType, FloatDType, TensorData};
 use deepgen_contract::model::{LanguageConfig, Padding, SpecialTokens, VlmConfig};
 
 use crate::init::{Fill, Init};
@@ -16,7 +16,7 @@ use crate::nn::{Linear, to_dtype, to_f32};
 use crate::probe::tap;
 use crate::rope::{Grid, PositionIds, RopeError};
 use crate::vision::VisionTower;
-use crate::weights::{WeightFile, WeightsError, load_into};
+use crate::weights::{Held, WeightFile, WeightsError, load_into_held};
 use crate::{Device, IntTensor, Tensor};
 
 /// Token id that stands for a query when positions are computed.
@@ -157,6 +157,8 @@ pub struct Vlm {
     pub lm_head: Option<Linear>,
     #[module(skip)]
     config: VlmConfig,
+    #[module(skip)]
+    compute: DType,
 }
 
 impl Vlm {
@@ -167,7 +169,18 @@ impl Vlm {
             model: LanguageModel::new(&init.at("model"), &config.language),
             lm_head: None,
             config: config.clone(),
+            compute: DType::F32,
         }
+    }
+
+    /// Computes in `dtype` from now on, whatever types the parameters are held in.
+    pub fn computing_in(self, dtype: FloatDType) -> Self {
+        Self { compute: dtype.into(), ..self }
+    }
+
+    /// Returns the type that the model computes in.
+    pub fn dtype(&self) -> DType {
+        self.compute
     }
 
     /// Gives the model a language head of its own, with fresh weights.
@@ -184,11 +197,19 @@ impl Vlm {
     /// # Errors
     /// When a tensor is missing, unknown or of another shape.
     pub fn load(self, file: &WeightFile) -> Result<Self, WeightsError> {
+        self.load_held(file, Held::F32)
+    }
+
+    /// Like [`Vlm::load`], held as `held` says.
+    ///
+    /// # Errors
+    /// See [`Vlm::load`].
+    pub fn load_held(self, file: &WeightFile, held: Held) -> Result<Self, WeightsError> {
         let has_head = self.lm_head.is_some();
         let file = file
             .clone()
             .rename(|name| Some(hub_name(name)).filter(|name| !is_adapter(name) && (has_head || !is_head(name))));
-        load_into(self, &file, "")
+        load_into_held(self, &file, "", held)
     }
 
     /// Returns the settings.
@@ -224,7 +245,8 @@ impl Vlm {
         let cut = (reading.padding, num_queries, reading.max_length);
         let layout = Layout::new(&batch.ids, &grids, &self.config.tokens, cut)?;
 
-        let images: Vec<Tensor<3>> = batch.images.iter().flatten().cloned().collect();
+        let images: Vec<Tensor<3>> =
+            batch.images.iter().flatten().map(|image| to_dtype(image.clone(), self.compute)).collect();
         let vision = self.visual.encode(&images);
         let vision = if reading.is_vision_trained { vision } else { vision.into_iter().map(Tensor::detach).collect() };
         let embeds = self.assemble(&layout, vision, reading.queries.clone());
@@ -253,7 +275,8 @@ impl Vlm {
         let device = self.device();
         let (b, l) = (ids.len(), ids.first().map_or(0, Vec::len));
         let flat: Vec<i64> = ids.iter().flatten().map(|&id| i64::from(id)).collect();
-        let embeds_bld = self.model.embed_tokens.forward(IntTensor::from_data(TensorData::new(flat, [b, l]), &device));
+        let ids_bl = IntTensor::from_data(TensorData::new(flat, [b, l]), &device);
+        let embeds_bld = self.model.embed_tokens.forward(ids_bl, self.compute);
         if vision.is_empty() {
             return embeds_bld;
         }

@@ -104,7 +104,7 @@ kernel! {
 #[derive(Clone, Debug)]
 pub(crate) struct Linear<const N: usize>;
 
-fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
+pub(super) fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
     let [outputs, inputs] = [dims(weight)[0], dims(weight)[1]];
     let x_values = values(x);
     let rows = x_values.len() / inputs;
@@ -122,7 +122,12 @@ fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> Fl
 }
 
 /// Returns the gradients of x and W.
-fn backward(x: &FlexTensor, weight: &FlexTensor, grad: &FlexTensor, needs: [bool; 2]) -> [Option<FlexTensor>; 2] {
+pub(super) fn backward(
+    x: &FlexTensor,
+    weight: &FlexTensor,
+    grad: &FlexTensor,
+    needs: [bool; 2],
+) -> [Option<FlexTensor>; 2] {
     let [outputs, inputs] = [dims(weight)[0], dims(weight)[1]];
     let (x_values, grad) = (values(x), Matrix::rows(values(grad), outputs));
     let rows = x_values.len() / inputs;
@@ -139,6 +144,13 @@ fn backward(x: &FlexTensor, weight: &FlexTensor, grad: &FlexTensor, needs: [bool
         array(out, dims(weight))
     });
     [d_x, d_weight]
+}
+
+/// Returns the gradient of a bias of shape `shape`.
+pub(super) fn bias_gradient(grad: &FlexTensor, shape: &[usize]) -> FlexTensor {
+    let mut out = vec![0.0; shape.iter().product()];
+    sum_rows(values(grad), &mut out);
+    array(out, shape)
 }
 
 impl HostOp<2> for Linear<2> {
@@ -174,11 +186,6 @@ impl HostOp<3> for Linear<3> {
         needs: [bool; 3],
     ) -> [Option<FlexTensor>; 3] {
         let [d_x, d_weight] = backward(x, weight, grad, [needs[0], needs[1]]);
-        let d_bias = needs[2].then(|| {
-            let mut out = vec![0.0; values(bias).len()];
-            sum_rows(values(grad), &mut out);
-            array(out, dims(bias))
-        });
-        [d_x, d_weight, d_bias]
+        [d_x, d_weight, needs[2].then(|| bias_gradient(grad, dims(bias)))]
     }
 }

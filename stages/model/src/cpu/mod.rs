@@ -10,6 +10,7 @@ mod linear;
 mod norms;
 mod pointwise;
 mod simd;
+mod stored;
 
 use std::fmt::Debug;
 
@@ -29,6 +30,7 @@ pub(crate) use conv::{Conv, Upsample};
 pub(crate) use linear::Linear;
 pub(crate) use norms::{GroupNorm, LayerNorm, RmsNorm};
 pub(crate) use pointwise::{Activation, GatedResidual};
+pub(crate) use stored::StoredLinear;
 
 type Tape = Autodiff<Flex, NoCheckpointing>;
 type TapeTensor = <Tape as burn::backend::BackendTypes>::FloatTensorPrimitive;
@@ -73,6 +75,11 @@ fn is_host(device: &Device) -> bool {
 /// Returns whether a tensor can be an input of a fused operation.
 pub(crate) fn takes<const D: usize>(tensor: &Tensor<D>) -> bool {
     tensor.dtype() == DType::F32 && is_host(&tensor.device())
+}
+
+/// Returns whether a tensor can be a weight that is held in bf16.
+pub(crate) fn holds<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.dtype() == DType::BF16 && is_host(&tensor.device())
 }
 
 /// An input, on the tape or not.

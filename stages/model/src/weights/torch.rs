@@ -1,0 +1,447 @@
+//! PyTorch checkpoints as `torch.save` has written them since version 1.6: a zip archive of a pickle and one
+//! uncompressed entry for each storage.
+//!
+//! The pickle is read by a machine that knows dictionaries, tuples and tensors and calls nothing: whatever else a
+//! checkpoint holds is passed over. Tensors are views of the mapped file. Knows no module.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::rc::Rc;
+
+use safetensors::tensor::Dtype;
+
+/// A tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TorchTensor {
+    /// Bytes of its storage within the file, from its first element on.
+    pub bytes: Range<usize>,
+    /// Number type.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Elements between neighbours, by axis.
+    pub stride: Vec<usize>,
+}
+
+impl TorchTensor {
+    /// Returns whether elements lie in the order of their indices.
+    pub fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        self.shape.iter().zip(&self.stride).rev().all(|(&len, &stride)| {
+            let fits = len == 1 || stride == expected;
+            expected *= len;
+            fits
+        })
+    }
+
+    /// Returns the elements in the order of their indices; `storage` are the bytes that `self.bytes` names.
+    pub fn gather(&self, storage: &[u8]) -> Vec<u8> {
+        let size = element_size(self.dtype);
+        let count: usize = self.shape.iter().product();
+        let mut out = Vec::with_capacity(count * size);
+        let mut index = vec![0; self.shape.len()];
+        for _ in 0..count {
+            let at: usize = index.iter().zip(&self.stride).map(|(i, stride)| i * stride).sum();
+            out.extend_from_slice(&storage[at * size..][..size]);
+            for axis in (0..index.len()).rev() {
+                index[axis] += 1;
+                if index[axis] < self.shape[axis] {
+                    break;
+                }
+                index[axis] = 0;
+            }
+        }
+        out
+    }
+}
+
+fn element_size(dtype: Dtype) -> usize {
+    dtype.bitsize().div_ceil(8)
+}
+
+/// Returns the tensors of a checkpoint by their dotted paths through its dictionaries.
+///
+/// # Errors
+/// Says what is damaged or not supported.
+pub fn read(file: &[u8]) -> Result<BTreeMap<String, TorchTensor>, String> {
+    let entries = zip_entries(file)?;
+    let (root, pickle) = entries
+        .iter()
+        .find_map(|(name, range)| Some((name.strip_suffix("data.pkl")?, range.clone())))
+        .ok_or("the archive holds no data.pkl: it was not written by torch.save")?;
+    if entries.get(&format!("{root}byteorder")).is_some_and(|range| &file[range.clone()] == b"big") {
+        return Err("it was written on a big-endian machine".into());
+    }
+    let storage = |key: &str| entries.get(&format!("{root}data/{key}")).cloned();
+    let value =
+        Unpickler { bytes: &file[pickle], at: 0, stack: Vec::new(), marks: Vec::new(), memo: BTreeMap::new() }.run()?;
+    let mut tensors = BTreeMap::new();
+    collect(&value, "", &storage, &mut tensors)?;
+    if tensors.is_empty() { Err("it holds no tensors".into()) } else { Ok(tensors) }
+}
+
+fn collect(
+    value: &Value,
+    path: &str,
+    storage: &dyn Fn(&str) -> Option<Range<usize>>,
+    tensors: &mut BTreeMap<String, TorchTensor>,
+) -> Result<(), String> {
+    match value {
+        Value::Dict(items) => {
+            for (key, value) in items.borrow().iter() {
+                if let Value::Text(key) = key {
+                    let path = if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
+                    collect(value, &path, storage, tensors)?;
+                }
+            }
+            Ok(())
+        }
+        Value::Tensor(view) => {
+            let range =
+                storage(&view.key).ok_or_else(|| format!("tensor {path}: its storage {} is missing", view.key))?;
+            let size = element_size(view.dtype);
+            let start = range.start + view.offset * size;
+            let last: usize =
+                view.shape.iter().zip(&view.stride).map(|(len, stride)| len.saturating_sub(1) * stride).sum();
+            let used = if view.shape.contains(&0) { 0 } else { (last + 1) * size };
+            if start + used > range.end {
+                return Err(format!("tensor {path} reaches beyond its storage"));
+            }
+            let (shape, stride) = (view.shape.clone(), view.stride.clone());
+            let tensor = TorchTensor { bytes: start..start + used, dtype: view.dtype, shape, stride };
+            tensors.insert(path.into(), tensor);
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Returns the `N` bytes at `at` as a number.
+fn little<const N: usize>(file: &[u8], at: usize) -> Result<u64, String> {
+    let bytes = at.checked_add(N).and_then(|end| file.get(at..end)).ok_or("the file ends too early")?;
+    Ok(bytes.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
+}
+
+/// Returns where the content of each entry of a zip archive lies. Archives beyond 4 GB are the normal case here.
+fn zip_entries(file: &[u8]) -> Result<BTreeMap<String, Range<usize>>, String> {
+    const END: &[u8] = b"PK\x05\x06";
+    const END_64_LOCATOR: &[u8] = b"PK\x06\x07";
+    const UNKNOWN: u64 = 0xFFFF_FFFF;
+    let from = file.len().saturating_sub(22 + (1 << 16));
+    let end = file[from..].windows(4).rposition(|window| window == END).map(|at| at + from);
+    let end = end.ok_or("it is no zip archive, or it was cut off; checkpoints from before PyTorch 1.6 are not read")?;
+    let (mut count, mut at) = (little::<2>(file, end + 10)?, little::<4>(file, end + 16)?);
+    if end >= 20 && &file[end - 20..end - 16] == END_64_LOCATOR {
+        let end_64 = little::<8>(file, end - 12)? as usize;
+        (count, at) = (little::<8>(file, end_64 + 32)?, little::<8>(file, end_64 + 48)?);
+    }
+    let mut at = at as usize;
+    let mut entries = BTreeMap::new();
+    for _ in 0..count {
+        if file.get(at..at + 4) != Some(b"PK\x01\x02") {
+            return Err("the directory of the archive is damaged".into());
+        }
+        let method = little::<2>(file, at + 10)?;
+        let (mut size, mut start) = (little::<4>(file, at + 24)?, little::<4>(file, at + 42)?);
+        let [name, extra, comment] =
+            [little::<2>(file, at + 28)?, little::<2>(file, at + 30)?, little::<2>(file, at + 32)?].map(|n| n as usize);
+        let text = file.get(at + 46..at + 46 + name).ok_or("the file ends too early")?;
+        let text = String::from_utf8_lossy(text).into_owned();
+        // Extra fields: identity, length, content. Field 1 holds what did not fit into 32 bits, in this order.
+        let (mut field, extra_end) = (at + 46 + name, at + 46 + name + extra);
+        while field + 4 <= extra_end {
+            let (id, len) = (little::<2>(file, field)?, little::<2>(file, field + 2)? as usize);
+            if id == 1 {
+                let mut place = field + 4;
+                if size == UNKNOWN {
+                    size = little::<8>(file, place)?;
+                    place += 8;
+                }
+                if little::<4>(file, at + 20)? == UNKNOWN {
+                    place += 8;
+                }
+                if start == UNKNOWN {
+                    start = little::<8>(file, place)?;
+                }
+            }
+            field += 4 + len;
+        }
+        if method != 0 {
+            return Err(format!("the entry {text} is compressed, which torch.save never does"));
+        }
+        let start = start as usize;
+        let data = start + 30 + little::<2>(file, start + 26)? as usize + little::<2>(file, start + 28)? as usize;
+        let range = data..data + size as usize;
+        if range.end > file.len() {
+            return Err(format!("the entry {text} reaches beyond the end of the file"));
+        }
+        entries.insert(text, range);
+        at += 46 + name + extra + comment;
+    }
+    Ok(entries)
+}
+
+/// Part of a storage.
+#[derive(Debug, Clone)]
+struct View {
+    key: Rc<str>,
+    dtype: Dtype,
+    offset: usize,
+    shape: Vec<usize>,
+    stride: Vec<usize>,
+}
+
+/// What the pickle machine knows; everything else is `Other`.
+#[derive(Debug, Clone)]
+enum Value {
+    Other,
+    Int(i64),
+    Text(Rc<str>),
+    Tuple(Rc<[Value]>),
+    Dict(Rc<RefCell<Vec<(Value, Value)>>>),
+    /// Module and name of a class or function.
+    Global(Rc<str>),
+    Storage {
+        key: Rc<str>,
+        dtype: Dtype,
+    },
+    Tensor(Rc<View>),
+}
+
+impl Value {
+    fn size(&self) -> Result<usize, String> {
+        match self {
+            Self::Int(number) => usize::try_from(*number).map_err(|_| "a tensor has a negative size".into()),
+            _ => Err("a tensor's size is no number".into()),
+        }
+    }
+
+    fn sizes(&self) -> Result<Vec<usize>, String> {
+        match self {
+            Self::Tuple(items) => items.iter().map(Self::size).collect(),
+            _ => Err("a tensor's shape is no tuple".into()),
+        }
+    }
+}
+
+/// Storage classes of PyTorch.
+fn storage_type(class: &str) -> Result<Dtype, String> {
+    Ok(match class {
+        "torch.DoubleStorage" => Dtype::F64,
+        "torch.FloatStorage" => Dtype::F32,
+        "torch.HalfStorage" => Dtype::F16,
+        "torch.BFloat16Storage" => Dtype::BF16,
+        "torch.LongStorage" => Dtype::I64,
+        "torch.IntStorage" => Dtype::I32,
+        "torch.ShortStorage" => Dtype::I16,
+        "torch.CharStorage" => Dtype::I8,
+        "torch.ByteStorage" => Dtype::U8,
+        "torch.BoolStorage" => Dtype::BOOL,
+        other => return Err(format!("a storage of type {other} is not supported")),
+    })
+}
+
+struct Unpickler<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    stack: Vec<Value>,
+    marks: Vec<usize>,
+    memo: BTreeMap<u64, Value>,
+}
+
+impl Unpickler<'_> {
+    fn run(mut self) -> Result<Value, String> {
+        loop {
+            let opcode = self.number::<1>()? as u8;
+            match opcode {
+                b'.' => return self.pop(),
+                0x80 => drop(self.number::<1>()?),
+                0x95 => drop(self.number::<8>()?),
+                b'(' => self.marks.push(self.stack.len()),
+                b'N' | 0x88 | 0x89 | b']' | 0x8f => self.stack.push(Value::Other),
+                b'}' => self.stack.push(Value::Dict(Rc::default())),
+                b')' => self.stack.push(Value::Tuple(Rc::from([]))),
+                b'K' => self.push_int::<1>()?,
+                b'M' => self.push_int::<2>()?,
+                b'J' => self.push_int::<4>()?,
+                0x8a => self.push_long()?,
+                b'G' => {
+                    self.number::<8>()?;
+                    self.stack.push(Value::Other);
+                }
+                b'X' => self.push_text::<4>()?,
+                0x8c => self.push_text::<1>()?,
+                b'U' | b'C' => self.skip_bytes::<1>()?,
+                b'T' | b'B' => self.skip_bytes::<4>()?,
+                b'c' => {
+                    let name = format!("{}.{}", self.line()?, self.line()?);
+                    self.stack.push(Value::Global(name.into()));
+                }
+                0x93 => {
+                    let (name, module) = (self.pop()?, self.pop()?);
+                    let (Value::Text(name), Value::Text(module)) = (name, module) else {
+                        return Err("a class without a name".into());
+                    };
+                    self.stack.push(Value::Global(format!("{module}.{name}").into()));
+                }
+                b'q' => self.remember::<1>()?,
+                b'r' => self.remember::<4>()?,
+                0x94 => drop(self.memo.insert(self.memo.len() as u64, self.top()?.clone())),
+                b'h' => self.recall::<1>()?,
+                b'j' => self.recall::<4>()?,
+                b't' => {
+                    let items = self.pop_to_mark()?;
+                    self.stack.push(Value::Tuple(items.into()));
+                }
+                0x85..=0x87 => {
+                    let first = self.stack.len().checked_sub(usize::from(opcode) - 0x84).ok_or(UNDERFLOW)?;
+                    let items = self.stack.split_off(first);
+                    self.stack.push(Value::Tuple(items.into()));
+                }
+                b's' => {
+                    let (value, key) = (self.pop()?, self.pop()?);
+                    self.set_items(vec![key, value])?;
+                }
+                b'u' => {
+                    let items = self.pop_to_mark()?;
+                    self.set_items(items)?;
+                }
+                b'a' => drop(self.pop()?),
+                b'e' | 0x90 => drop(self.pop_to_mark()?),
+                b'b' | b'0' => drop(self.pop()?),
+                b'R' | 0x81 => {
+                    let (arguments, class) = (self.pop()?, self.pop()?);
+                    self.stack.push(call(&class, &arguments)?);
+                }
+                b'Q' => {
+                    let id = self.pop()?;
+                    self.stack.push(storage(&id)?);
+                }
+                other => return Err(format!("the pickle has the unknown opcode {other:#04x}")),
+            }
+        }
+    }
+
+    fn number<const N: usize>(&mut self) -> Result<u64, String> {
+        let number = little::<N>(self.bytes, self.at)?;
+        self.at += N;
+        Ok(number)
+    }
+
+    fn take(&mut self, len: u64) -> Result<&[u8], String> {
+        let end = usize::try_from(len).ok().and_then(|len| self.at.checked_add(len)).ok_or("a text is too long")?;
+        let bytes = self.bytes.get(self.at..end).ok_or("the pickle ends too early")?;
+        self.at = end;
+        Ok(bytes)
+    }
+
+    fn line(&mut self) -> Result<String, String> {
+        let rest = self.bytes.get(self.at..).unwrap_or_default();
+        let len = rest.iter().position(|&byte| byte == b'\n').ok_or("the pickle ends too early")?;
+        self.at += len + 1;
+        Ok(String::from_utf8_lossy(&rest[..len]).into_owned())
+    }
+
+    fn push_int<const N: usize>(&mut self) -> Result<(), String> {
+        let number = self.number::<N>()?;
+        let signed = if N == 4 { i64::from(number as u32 as i32) } else { number as i64 };
+        self.stack.push(Value::Int(signed));
+        Ok(())
+    }
+
+    fn push_long(&mut self) -> Result<(), String> {
+        let len = self.number::<1>()?;
+        let bytes = self.take(len)?;
+        if bytes.len() > 8 {
+            self.stack.push(Value::Other);
+            return Ok(());
+        }
+        let is_negative = bytes.last().is_some_and(|byte| byte & 0x80 != 0);
+        let mut all = [if is_negative { 0xff } else { 0 }; 8];
+        all[..bytes.len()].copy_from_slice(bytes);
+        self.stack.push(Value::Int(i64::from_le_bytes(all)));
+        Ok(())
+    }
+
+    fn push_text<const N: usize>(&mut self) -> Result<(), String> {
+        let len = self.number::<N>()?;
+        let text = String::from_utf8_lossy(self.take(len)?).into();
+        self.stack.push(Value::Text(text));
+        Ok(())
+    }
+
+    fn skip_bytes<const N: usize>(&mut self) -> Result<(), String> {
+        let len = self.number::<N>()?;
+        self.take(len)?;
+        self.stack.push(Value::Other);
+        Ok(())
+    }
+
+    fn pop(&mut self) -> Result<Value, String> {
+        self.stack.pop().ok_or_else(|| UNDERFLOW.into())
+    }
+
+    fn top(&self) -> Result<&Value, String> {
+        self.stack.last().ok_or_else(|| UNDERFLOW.into())
+    }
+
+    fn pop_to_mark(&mut self) -> Result<Vec<Value>, String> {
+        let mark = self.marks.pop().filter(|&mark| mark <= self.stack.len()).ok_or(UNDERFLOW)?;
+        Ok(self.stack.split_off(mark))
+    }
+
+    fn set_items(&mut self, items: Vec<Value>) -> Result<(), String> {
+        if let Value::Dict(dict) = self.top()? {
+            dict.borrow_mut().extend(items.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())));
+        }
+        Ok(())
+    }
+
+    fn remember<const N: usize>(&mut self) -> Result<(), String> {
+        let key = self.number::<N>()?;
+        let value = self.top()?.clone();
+        self.memo.insert(key, value);
+        Ok(())
+    }
+
+    fn recall<const N: usize>(&mut self) -> Result<(), String> {
+        let key = self.number::<N>()?;
+        let value = self.memo.get(&key).ok_or("the pickle refers to nothing")?.clone();
+        self.stack.push(value);
+        Ok(())
+    }
+}
+
+const UNDERFLOW: &str = "the pickle takes more than it has put down";
+
+/// Returns what a class or function gives, for the few that make up a state dict; nothing is run.
+fn call(class: &Value, arguments: &Value) -> Result<Value, String> {
+    let (Value::Global(name), Value::Tuple(arguments)) = (class, arguments) else { return Ok(Value::Other) };
+    match (name.as_ref(), arguments.as_ref()) {
+        ("collections.OrderedDict", _) => Ok(Value::Dict(Rc::default())),
+        ("torch._utils._rebuild_parameter", [value, ..]) => Ok(value.clone()),
+        ("torch._utils._rebuild_tensor_v2", [Value::Storage { key, dtype }, offset, shape, stride, ..]) => {
+            let (shape, stride) = (shape.sizes()?, stride.sizes()?);
+            if shape.len() != stride.len() {
+                return Err("a tensor's shape and stride have different lengths".into());
+            }
+            let view = View { key: key.clone(), dtype: *dtype, offset: offset.size()?, shape, stride };
+            Ok(Value::Tensor(Rc::new(view)))
+        }
+        _ => Ok(Value::Other),
+    }
+}
+
+/// Returns the storage that a persistent id names: ("storage", class, key, location, elements).
+fn storage(id: &Value) -> Result<Value, String> {
+    match id {
+        Value::Tuple(parts) => match parts.as_ref() {
+            [Value::Text(_), Value::Global(class), Value::Text(key), ..] => {
+                Ok(Value::Storage { key: key.clone(), dtype: storage_type(class)? })
+            }
+            _ => Err("a storage is described in an unknown way".into()),
+        },
+        _ => Err("a storage is described in an unknown way".into()),
+    }
+}
