@@ -186,7 +186,8 @@ fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
     Ok(end)
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+/// Returns what a panic said.
+pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic
         .downcast_ref::<&str>()
         .map(|text| (*text).to_owned())

@@ -20,6 +20,7 @@ mod feed;
 mod files;
 mod fit;
 mod flow_step;
+mod foreign;
 mod guard;
 mod inspect;
 mod items;
@@ -29,7 +30,10 @@ mod nft;
 mod objective;
 mod optimize;
 mod padded_ids;
+mod painter;
 mod parity;
+mod png;
+mod precision;
 mod rewards;
 mod rollout;
 mod sampling;
@@ -38,10 +42,12 @@ mod spikes;
 mod stages;
 mod suspects;
 mod tensorboard;
+mod tools;
 mod warm_start;
 
 const USAGE: &str = "usage: deepgen-worker JOB_DIR    run the job described by JOB_DIR/job.json
        deepgen-worker hash DIR   print the blake3 over a folder's files
+       deepgen-worker tool DIR   do what DIR/tool.json asks for
        deepgen-worker features   print the devices that this binary was built for
        deepgen-worker data inspect REQUEST   look through a source of data; REQUEST is JSON, such as
                                  '{\"source\": \"sets/a\"}' (deepgen data inspect SOURCE writes it)";
@@ -68,6 +74,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         [noun, verb, request] if noun == "data" && verb == "inspect" => inspect::run(request),
+        [verb, folder] if verb == "tool" => tools::run(Path::new(folder)).map(exit_code),
         [folder] => run_job(Path::new(folder)),
         _ => {
             eprintln!("{USAGE}\n       {}", parity::USAGE);
@@ -86,11 +93,15 @@ fn print_hash(folder: &Path) -> anyhow::Result<ExitCode> {
 }
 
 fn run_job(folder: &Path) -> anyhow::Result<ExitCode> {
-    Ok(match job::run(folder)? {
+    job::run(folder).map(exit_code)
+}
+
+fn exit_code(outcome: Outcome) -> ExitCode {
+    match outcome {
         Outcome::Done { .. } | Outcome::Stopped { .. } => ExitCode::SUCCESS,
         Outcome::Failed { message, .. } => {
             eprintln!("error: {message}");
             ExitCode::FAILURE
         }
-    })
+    }
 }

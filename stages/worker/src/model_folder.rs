@@ -7,6 +7,7 @@ use std::path::Path;
 
 use burn::tensor::TensorData;
 use deepgen_contract::model::ModelSpec;
+use deepgen_contract::precision::PrecisionSettings;
 use deepgen_data::tokenizer::Tokenizer;
 use deepgen_model::bridge::Bridge;
 use deepgen_model::deepgen::DeepGen;
@@ -18,7 +19,7 @@ use deepgen_model::{Device, Tensor, lora};
 use crate::base_folder::TOKENIZER_FILE;
 use crate::ema::EmaWeights;
 use crate::error::{JobError, JobResult, OrFail};
-use crate::files;
+use crate::{files, precision};
 
 /// Trained parameters of a checkpoint artifact, by their names in the whole model.
 pub const TRAINED_FILE: &str = "trained.safetensors";
@@ -27,12 +28,13 @@ pub const EMA_FILE: &str = "ema.safetensors";
 /// Description of the model that they belong to.
 pub const SPEC_FILE: &str = "model.json";
 
-/// Loads the parts in `folder`.
+/// Loads the parts in `folder`, held as `precision` says.
 ///
 /// # Errors
 /// When a file is missing or does not fit `model.json`.
-pub fn load_parts(folder: &Path, device: &Device) -> JobResult<Parts> {
-    Parts::load(folder, device).map_err(|error| JobError::input(format!("{}: {}", folder.display(), chain(&error))))
+pub fn load_parts(folder: &Path, precision: &PrecisionSettings, device: &Device) -> JobResult<Parts> {
+    Parts::load_held(folder, device, precision::held(precision))
+        .map_err(|error| JobError::input(format!("{}: {}", folder.display(), chain(&error))))
 }
 
 /// Loads the tokenizer in `folder`.

@@ -6,6 +6,7 @@
 use deepgen_contract::rl::RolloutSettings;
 use deepgen_model::bridge::Condition;
 use deepgen_model::deepgen::DeepGen;
+use deepgen_model::nn::to_f32;
 use deepgen_model::random::noise;
 use deepgen_model::sampler::sigmas;
 use deepgen_model::{Device, Tensor};
@@ -102,5 +103,6 @@ pub fn roll_out(
 pub fn velocity(model: &DeepGen, latents: Tensor<4>, transition: &Transition, condition: &Condition) -> Tensor<4> {
     let rows = latents.dims()[0];
     let timestep = Tensor::full([rows], transition.sigma * 1000.0, &latents.device());
-    model.velocity(latents, timestep, condition, &[])
+    // What follows, log-probabilities above all, is f32.
+    to_f32(model.velocity(latents, timestep, condition, &[]))
 }

@@ -2,11 +2,12 @@
 //!
 //! Knows DiT and autoencoder, neither who makes the conditions nor what the images are for. Image `i` depends on its own noise seed and prompt only, as far as padding allows.
 
-use burn::tensor::TensorData;
+use burn::tensor::{DType, TensorData};
 use deepgen_contract::model::BaseModelConfig;
 use deepgen_model::bridge::Condition;
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::dit::{self, Dit};
+use deepgen_model::nn::{to_dtype, to_f32};
 use deepgen_model::random::Stream;
 use deepgen_model::sampler::{Guided, euler, sigmas, to_bytes};
 use deepgen_model::vae::Vae;
@@ -44,11 +45,13 @@ pub struct Drawer<'a> {
     pub vae: &'a Vae,
     /// Their sizes, and the schedule's shift.
     pub base: &'a BaseModelConfig,
+    /// The type they compute in; between steps, latents are f32.
+    pub compute: DType,
 }
 
 impl<'a> From<&'a DeepGen> for Drawer<'a> {
     fn from(model: &'a DeepGen) -> Self {
-        Self { dit: &model.dit, vae: &model.vae, base: &model.spec().base }
+        Self { dit: &model.dit, vae: &model.vae, base: &model.spec().base, compute: model.dtype() }
     }
 }
 
@@ -81,7 +84,8 @@ pub fn draw(
 ) -> JobResult<Vec<RgbImage>> {
     let row = |i: usize| references.iter().map(|latent| latent.clone().narrow(0, i, 1).squeeze_dim::<3>(0)).collect();
     let references: Vec<Vec<Tensor<3>>> = (0..noise.dims()[0]).map(row).collect();
-    decode(drawer.vae, draw_latents(drawer, sampling, condition, &references, noise))
+    let latents = draw_latents(drawer, sampling, condition, &references, noise);
+    decode(drawer.vae, to_dtype(latents, drawer.compute))
 }
 
 /// Draws latents as [`draw`] does images; `references` lists those of each image, which may differ in number and size.
@@ -98,14 +102,15 @@ pub fn draw_latents(
         let rows = latents.dims()[0];
         let condition = dit::Condition {
             timestep_b: Tensor::full([rows], timestep, &latents.device()),
-            text_btc: condition.sequence.clone(),
-            pooled_bc: condition.pooled.clone(),
+            text_btc: to_dtype(condition.sequence.clone(), drawer.compute),
+            pooled_bc: to_dtype(condition.pooled.clone(), drawer.compute),
         };
+        let latents = to_dtype(latents, drawer.compute);
         if references.iter().all(Vec::is_empty) {
-            return drawer.dit.forward(latents, &condition, &[]);
+            return to_f32(drawer.dit.forward(latents, &condition, &[]));
         }
         let rows: Vec<Tensor<3>> = latents.split(1, 0).into_iter().map(|row| row.squeeze_dim::<3>(0)).collect();
-        Tensor::stack(drawer.dit.forward_ragged(&rows, &condition, &references), 0)
+        to_f32(Tensor::stack(drawer.dit.forward_ragged(&rows, &condition, &references), 0))
     };
     match sampling.is_guided() {
         true => euler(&Guided { field, scale: sampling.guidance }, noise, &levels),

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::model::ModelSpec;
+use deepgen_contract::precision::PrecisionSettings;
 use deepgen_contract::train::{HandoffSettings, LoraHandoff, TrainedSource};
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::lora;
@@ -29,7 +30,7 @@ pub fn run(settings: &HandoffSettings, context: &mut JobContext) -> JobResult<Jo
     let path = checkpoint.join(SPEC_FILE);
     let text = std::fs::read_to_string(&path).or_io(|| path.display())?;
     let spec: ModelSpec = serde_json::from_str(&text).or_input(|| path.display())?;
-    let parts = model_folder::load_parts(&weights, &device)?;
+    let parts = model_folder::load_parts(&weights, &PrecisionSettings::default(), &device)?;
     let parts = model_folder::extend(parts, &spec, context.spec.seed, &device)?;
     let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?;
     let file = match settings.from {

@@ -3,16 +3,13 @@
 use std::path::Path;
 
 use deepgen_contract::base::{ImportSettings, WeightsLayout};
-use deepgen_contract::model::ModelSpec;
-use deepgen_model::dit::Dit;
-use deepgen_model::init::Init;
-use deepgen_model::parts::Parts;
-use deepgen_model::vae::Vae;
-use deepgen_model::vlm::Vlm;
-use deepgen_model::weights::{self, StoredType, WeightFile};
+use deepgen_contract::precision::PrecisionSettings;
+use deepgen_contract::tool::WrittenType;
 
 use crate::base_folder::TOKENIZER_FILE;
 use crate::error::{JobError, JobResult, OrFail};
+use crate::foreign::source::Collected;
+use crate::foreign::target;
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::{files, model_folder};
 
@@ -38,16 +35,16 @@ pub fn run(settings: &ImportSettings, context: &mut JobContext) -> JobResult<Job
     }
     match settings.layout {
         WeightsLayout::Deepgen => import_deepgen(settings, &folder, context)?,
-        WeightsLayout::Diffusers => import_diffusers(settings, &folder, context)?,
+        WeightsLayout::Diffusers => import_foreign(settings, &folder, context)?,
     }
-    let parts = model_folder::load_parts(&context.out(), &context.device)?;
+    let parts = model_folder::load_parts(&context.out(), &PrecisionSettings::default(), &context.device)?;
     let counts = parts.spec.parameter_counts().map_err(JobError::input)?;
     let elements = counts.language + counts.vision + counts.dit + counts.vae;
     Ok(JobEnd::Done(JobReport { metrics: [("model/num_elements".to_owned(), elements as f64)].into(), notes: vec![] }))
 }
 
 fn import_deepgen(settings: &ImportSettings, folder: &Path, context: &JobContext) -> JobResult<()> {
-    let parts = model_folder::load_parts(folder, &context.device)?;
+    let parts = model_folder::load_parts(folder, &PrecisionSettings::default(), &context.device)?;
     let (mut wanted, found) = (settings.model.clone(), &parts.spec.base);
     // Measured when the autoencoder was trained; the weights know them.
     (wanted.vae.scaling_factor, wanted.vae.shift_factor) = (found.vae.scaling_factor, found.vae.shift_factor);
@@ -68,23 +65,31 @@ fn import_deepgen(settings: &ImportSettings, folder: &Path, context: &JobContext
     Ok(())
 }
 
-/// Reads the Hugging Face folders `vlm`, `transformer` and `vae`, one after the other, so that only one is in memory.
-fn import_diffusers(settings: &ImportSettings, folder: &Path, context: &JobContext) -> JobResult<()> {
-    let spec = ModelSpec { base: settings.model.clone(), bridge: None, lora: None };
-    let init = Init::new(0, &context.device);
-    let open = |name: &str| WeightFile::open(&folder.join(name)).or_input(|| format!("the folder `{name}`"));
-    let write = |parts: Parts| parts.save(&context.out(), StoredType::Bf16).or_io(|| "write the weights");
-    let vlm = Vlm::new(&init, &settings.model.vlm).load(&open("vlm")?).or_input(|| "the vision-language model")?;
-    write(Parts { vlm: Some(vlm), ..Parts::none(spec.clone()) })?;
-    let dit = weights::load_into(Dit::new(&init, &settings.model.dit), &open("transformer")?, "")
-        .or_input(|| "the diffusion transformer")?;
-    write(Parts { dit: Some(dit), ..Parts::none(spec.clone()) })?;
-    let vae =
-        weights::load_into(Vae::new(&init, &settings.model.vae), &open("vae")?, "").or_input(|| "the autoencoder")?;
-    write(Parts { vae: Some(vae), ..Parts::none(spec) })?;
-    let tokenizer = [folder.join(TOKENIZER_FILE), folder.join("vlm").join(TOKENIZER_FILE)];
-    let found = tokenizer.iter().find(|path| path.exists());
-    let found = found.ok_or_else(|| JobError::input(format!("{} holds no {TOKENIZER_FILE}", folder.display())))?;
-    std::fs::copy(found, context.out().join(TOKENIZER_FILE)).or_io(|| "copy the tokenizer")?;
-    Ok(())
+/// Reads weights in a foreign layout, tensor by tensor, whatever their size.
+fn import_foreign(settings: &ImportSettings, folder: &Path, context: &mut JobContext) -> JobResult<()> {
+    let mut found = Collected::open(folder)?;
+    // The settings say what the weights have to be; what the folder says of itself was read for its tensors alone.
+    found.vlm_config = Some(settings.model.vlm.clone());
+    found.dit_config = Some(settings.model.dit.clone());
+    found.vae_config = Some(settings.model.vae.clone());
+    found.shift = Some(settings.model.scheduler_shift);
+    for (part, is_there) in
+        [("vlm", found.vlm.is_some()), ("transformer", found.dit.is_some()), ("vae", found.vae.is_some())]
+    {
+        if !is_there {
+            return Err(JobError::input(format!("{} holds no folder `{part}`", folder.display())));
+        }
+    }
+    if found.tokenizer.is_none() {
+        return Err(JobError::input(format!("{} holds no {TOKENIZER_FILE}", folder.display())));
+    }
+    let spec = found.spec(None)?;
+    target::verify(&found, &spec)?;
+    for remark in &found.remarks {
+        context.emitter.note(remark.clone());
+    }
+    let out = context.out();
+    let emitter = &mut context.emitter;
+    let mut progress = |done: u64, total: u64| emitter.progress(done >> 20, total >> 20, "MiB");
+    target::write_own(&found, &spec, &out, WrittenType::Bf16, &mut progress)
 }

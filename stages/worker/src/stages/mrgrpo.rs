@@ -34,6 +34,7 @@ use crate::job::{JobContext, JobEnd, JobReport};
 use crate::model_folder;
 use crate::objective::{Prediction, policy_loss};
 use crate::optimize::{self, AdamW, GradientSum, schedule_factor};
+use crate::precision;
 use crate::rewards::{Rewards, WeightedPrompt};
 use crate::rollout::{Rollout, roll_out, velocity};
 use crate::sampling::{Sampling, draw, initial_noise};
@@ -89,8 +90,9 @@ impl RlTrainer {
         let plain = context.device.clone();
         let device = plain.clone().autodiff();
         let weights = context.input_path("weights", ArtifactKind::Weights)?;
-        let parts = model_folder::load_parts(&weights, &device)?;
-        let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?;
+        let parts = model_folder::load_parts(&weights, &settings.precision, &device)?;
+        let compute = precision::compute_type(&settings.precision, &device);
+        let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?.computing_in(compute);
         let (model, trained) = trainable::select(model, &settings.trainable).or_input(|| "`trainable`")?;
         notes.push(format!("{} parameters in {} tensors train", trained.num_elements, trained.names.len()));
 

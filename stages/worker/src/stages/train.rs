@@ -29,6 +29,7 @@ use crate::flow_step::{Draws, FlowStep, Sigmas, loss_name};
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::model_folder;
 use crate::optimize::{AdamW, GradientSum, schedule_factor};
+use crate::precision;
 use crate::suspects;
 use crate::warm_start::WarmStart;
 
@@ -90,7 +91,7 @@ impl StageTrainer {
         let seed = context.spec.seed;
         let device = context.device.clone().autodiff();
         let weights = context.input_path("weights", ArtifactKind::Weights)?;
-        let mut parts = model_folder::load_parts(&weights, &device)?;
+        let mut parts = model_folder::load_parts(&weights, &settings.precision, &device)?;
         let conditioner = parts.conditioner.take();
         let spec = ModelSpec {
             bridge: Some(settings.model.bridge.clone()),
@@ -98,7 +99,8 @@ impl StageTrainer {
             ..parts.spec.clone()
         };
         let parts = model_folder::extend(parts, &spec, seed, &device)?;
-        let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?;
+        let compute = precision::compute_type(&settings.precision, &device);
+        let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?.computing_in(compute);
         let (model, trained) = trainable::select(model, &settings.trainable).or_input(|| "`trainable`")?;
         let counted = format!("{} parameters in {} tensors train", trained.num_elements, trained.names.len());
         context.emitter.note(counted.clone());
