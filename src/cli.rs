@@ -76,6 +76,12 @@ enum Command {
     Data(commands::data::DataArgs),
     /// Compare the resumable state with the journals, or make it again from them
     State(commands::state::StateArgs),
+    /// Draw images from prompts, or make an image again from its own file
+    Generate(commands::generate::GenerateArgs),
+    /// Read weights of others: released folders, Hugging Face, diffusers, PEFT, whole-model checkpoints
+    ImportWeights(commands::weights::ImportArgs),
+    /// Write weights for others: released folders, a PEFT adapter, DeepGen's own names
+    Export(commands::weights::ExportArgs),
 }
 
 /// How the program ends.
@@ -169,6 +175,9 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Completions(args) => commands::completions::completions(args),
         Command::Data(args) => commands::data::data(args),
         Command::State(args) => commands::state::state(args),
+        Command::Generate(args) => commands::generate::generate(args),
+        Command::ImportWeights(args) => commands::weights::import(args),
+        Command::Export(args) => commands::weights::export(args),
     }
 }
 

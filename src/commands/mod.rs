@@ -22,6 +22,7 @@ pub mod doctor;
 pub mod explain;
 pub mod freeze;
 pub mod gc;
+pub mod generate;
 pub mod graph;
 pub mod init;
 pub mod logs;
@@ -39,6 +40,8 @@ pub mod status;
 pub mod stop;
 pub mod summary;
 pub mod table;
+pub mod tool;
+pub mod weights;
 
 /// What a command line changes in a pipeline.
 #[derive(Debug, Clone, Default, clap::Args)]
