@@ -1,7 +1,6 @@
 //! The whole 5B model on this machine: drawn at random onto the disk, loaded as views of the files, run once at 512x512.
 //!
-//! Ignored by default: it writes 14 GB into the folder for temporary files and takes minutes. docs/results.md has measured
-//! numbers and the command.
+//! Ignored by default: it writes 14 GB into the folder for temporary files and takes minutes. It prints what it measures.
 
 use std::path::Path;
 use std::sync::Arc;
