@@ -272,8 +272,8 @@ mod tests {
     fn the_newest_stay_within_number_and_bytes() {
         let steps = |folder: &Path| candidates(folder).into_iter().map(|(step, _)| step).collect::<Vec<_>>();
         let folder = tempfile::tempdir().unwrap();
-        let bytes = (1..=4).map(|step| checkpoint(folder.path(), step, 1.0)).last();
-        let bytes = fs::metadata(bytes.unwrap().join(TENSORS_FILE)).unwrap().len();
+        let paths: Vec<_> = (1..=4).map(|step| checkpoint(folder.path(), step, 1.0)).collect();
+        let bytes = fs::metadata(paths[3].join(TENSORS_FILE)).unwrap().len();
         retain(folder.path(), &CheckpointSettings { every: 1, keep: 3, max_bytes: None }).unwrap();
         assert_eq!(steps(folder.path()), [4, 3, 2]);
         retain(folder.path(), &CheckpointSettings { every: 1, keep: 3, max_bytes: Some(2 * bytes) }).unwrap();

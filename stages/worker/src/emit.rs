@@ -12,6 +12,8 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use deepgen_contract::event::{WorkerEvent, WorkerEventKind};
 use deepgen_contract::job::EVENTS_FILE;
 
+use image::{ImageFormat, RgbImage};
+
 use crate::error::{JobResult, OrFail};
 use crate::tensorboard::{EventFile, TENSORBOARD_DIR};
 
@@ -29,6 +31,8 @@ pub struct Emitter {
     /// Opened with the first number.
     board: Option<EventFile>,
     board_dir: PathBuf,
+    /// Newest step of a progress report.
+    last_step: u64,
 }
 
 impl Emitter {
@@ -40,7 +44,7 @@ impl Emitter {
         let path = job_dir.join(EVENTS_FILE);
         let file = OpenOptions::new().create(true).append(true).open(&path).or_io(|| format!("open {path:?}"))?;
         let board_dir = job_dir.join(TENSORBOARD_DIR);
-        Ok(Self { file, metric_lines: Vec::new(), last_progress: None, board: None, board_dir })
+        Ok(Self { file, metric_lines: Vec::new(), last_progress: None, board: None, board_dir, last_step: 0 })
     }
 
     /// Appends an event. A full disk must not end the job here: the next checkpoint will say so with more to go on.
@@ -56,6 +60,7 @@ impl Emitter {
 
     /// Reports a position, at most a few times a second; the last step is always reported.
     pub fn progress(&mut self, step: u64, total: u64, unit: &str) {
+        self.last_step = step;
         let is_due = self.last_progress.is_none_or(|at| at.elapsed().as_millis() >= PROGRESS_INTERVAL_MS);
         if is_due || step == total {
             self.last_progress = Some(Instant::now());
@@ -83,7 +88,18 @@ impl Emitter {
     pub fn warn(&mut self, message: impl Into<String>) {
         let message = message.into();
         tracing::warn!("{message}");
+        let step = self.last_step;
+        self.show(|board| board.text(step, "warnings", &message));
         self.emit(WorkerEventKind::Warning { message });
+    }
+
+    /// Shows an image beside the curves.
+    pub fn image(&mut self, step: u64, tag: &str, image: &RgbImage) {
+        let mut png = std::io::Cursor::new(Vec::new());
+        match image.write_to(&mut png, ImageFormat::Png) {
+            Ok(()) => self.show(|board| board.image(step, tag, image.dimensions(), png.get_ref())),
+            Err(error) => tracing::warn!("no image for TensorBoard: {error}"),
+        }
     }
 
     /// Says something for the log.

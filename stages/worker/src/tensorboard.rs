@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Folder of the event files within a job directory: `tensorboard --logdir artifacts/jobs`.
@@ -15,7 +15,6 @@ pub const TENSORBOARD_DIR: &str = "tensorboard";
 #[derive(Debug)]
 pub struct EventFile {
     file: File,
-    path: PathBuf,
 }
 
 impl EventFile {
@@ -26,19 +25,13 @@ impl EventFile {
     pub fn create(folder: &Path) -> io::Result<Self> {
         fs::create_dir_all(folder)?;
         let name = format!("events.out.tfevents.{}.{}", now() as u64, std::process::id());
-        let path = folder.join(name);
-        let mut events = Self { file: File::create(&path)?, path };
+        let mut events = Self { file: File::create(folder.join(name))? };
         // Event.file_version = 3
         events.write(&message(|event| {
             event.double(1, now());
             event.bytes(3, b"brain.Event:2");
         }))?;
         Ok(events)
-    }
-
-    /// Returns where it lies.
-    pub fn path(&self) -> &Path {
-        &self.path
     }
 
     /// Appends numbers of a step.
@@ -194,9 +187,11 @@ fn crc32c(bytes: &[u8]) -> u32 {
 mod tests {
     use super::*;
 
-    /// Splits a file into records and checks both sums of each.
-    fn records(bytes: &[u8]) -> Vec<Vec<u8>> {
-        let (mut rest, mut found) = (bytes, Vec::new());
+    /// Splits the only file of a folder into records and checks both sums of each.
+    fn records(folder: &Path) -> Vec<Vec<u8>> {
+        let path = fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
+        let bytes = fs::read(path).unwrap();
+        let (mut rest, mut found) = (bytes.as_slice(), Vec::new());
         let word = |bytes: &[u8]| u32::from_le_bytes(bytes[..4].try_into().unwrap());
         while !rest.is_empty() {
             let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
@@ -221,7 +216,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut events = EventFile::create(folder.path()).unwrap();
         events.scalars(300, [("a", 1.0)]).unwrap();
-        let records = records(&fs::read(events.path()).unwrap());
+        let records = records(folder.path());
         assert_eq!(records.len(), 2);
         assert!(records[0].ends_with(b"\x1a\x0dbrain.Event:2"));
         // step 300, then summary { value { tag: "a", simple_value: 1.0 } }
@@ -234,7 +229,7 @@ mod tests {
         let mut events = EventFile::create(folder.path()).unwrap();
         events.image(1, "samples", (2, 3), b"png").unwrap();
         events.text(1, "notes", "hello").unwrap();
-        let records = records(&fs::read(events.path()).unwrap());
+        let records = records(folder.path());
         assert!(records[1].windows(11).any(|w| w == b"\x08\x03\x10\x02\x18\x03\x22\x03png"));
         assert!(records[2].windows(5).any(|w| w == b"hello") && records[2].windows(4).any(|w| w == b"text"));
     }

@@ -43,6 +43,8 @@ use crate::sampling::{Sampling, draw, initial_noise};
 const PREFIX: &str = "trained.";
 /// Images of an evaluation batch.
 const EVALUATION_BATCH: usize = 48;
+/// Images of an evaluation that are shown beside the curves.
+const SHOWN_SAMPLES: usize = 8;
 
 /// Trains and writes the checkpoint artifact.
 ///
@@ -299,12 +301,13 @@ impl Trainer for RlTrainer {
     }
 
     /// Scores images of fixed prompts that are never trained on, drawn without transition noise and with guidance.
-    fn validate(&mut self, _step: u64, _context: &mut JobContext) -> JobResult<Metrics> {
+    fn validate(&mut self, step: u64, context: &mut JobContext) -> JobResult<Metrics> {
         let RolloutSettings { height, width, .. } = self.settings.rollout;
         let evaluation = &self.settings.evaluation;
         let sampling = Sampling { steps: evaluation.steps, guidance: evaluation.guidance, height, width };
         let model = self.model().clone().valid();
         let mut metrics = Sums::default();
+        let mut num_shown = 0;
         for items in self.prompts.held_out(SetKind::Prompts).chunks(EVALUATION_BATCH) {
             let prompts = self.weighted_prompts(items)?;
             let positive = self.prompt_batch(prompts.iter().map(|prompt| prompt.text.as_str()))?;
@@ -318,6 +321,10 @@ impl Trainer for RlTrainer {
             let names: Vec<String> = items.iter().map(|item| format!("rl/{}/{}", item.member, item.index)).collect();
             let noise = initial_noise(&model.spec().base, &sampling, self.seed, &names, &self.plain);
             let images = draw((&model).into(), &sampling, &condition, &[], noise)?;
+            for (prompt, image) in prompts.iter().zip(&images).take(SHOWN_SAMPLES - num_shown) {
+                context.emitter.image(step, &format!("evaluation/{}", prompt.text), image);
+                num_shown += 1;
+            }
             let table = self.rewards.score(&prompts, &images, 1)?;
             self.report_rewards("evaluation", &table, &mut metrics);
             for (prompt, (rewards, weights)) in prompts.iter().zip(table.rewards.iter().zip(&table.weights)) {
