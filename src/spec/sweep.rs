@@ -80,7 +80,8 @@ impl Experiment {
         if !grid.over.is_empty() {
             variants = with_axes(variants, &grid, &mut found);
         }
-        if tables.is_empty() && axes.is_none() {
+        // An empty `[axes]`, or one whose lists are all wrong, which is reported, gives no variant either.
+        if variants.is_empty() && tables.is_empty() && found.is_empty() {
             let problem = Diagnostic::new("this experiment has neither variants nor axes").at(&start, "here");
             found.push(problem.help("add [[variant]] tables or [axes]"));
         }
