@@ -17,14 +17,13 @@ use crate::{BoolTensor, Tensor};
 /// # Shapes
 /// q [b, h, l, d], k and v [b, h or fewer, s, d], mask [b or 1, h or 1, l, s] -> [b, h, l, d]
 pub fn attention(q_bhld: Tensor<4>, k_bhsd: Tensor<4>, v_bhsd: Tensor<4>, mask: Option<BoolTensor<4>>) -> Tensor<4> {
-    let num_heads = q_bhld.dims()[1];
-    let (k_bhsd, v_bhsd) = (repeat_heads(k_bhsd, num_heads), repeat_heads(v_bhsd, num_heads));
     fused::attention(q_bhld, k_bhsd, v_bhsd, mask)
 }
 
 /// Attention out of elementary operations: what every device can do, and the yardstick for the fused one.
 pub(crate) fn composite(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<BoolTensor<4>>) -> Tensor<4> {
     let [b, h, l, d] = q.dims();
+    let (k, v) = (repeat_heads(k, h), repeat_heads(v, h));
     let s = k.dims()[2];
     let dtype = q.dtype();
     let scores = to_f32(q.mul_scalar((d as f64).powf(-0.5)).matmul(k.transpose()));
@@ -40,7 +39,7 @@ pub(crate) fn composite(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<B
 }
 
 /// Repeats each head so that there are `num_heads`.
-fn repeat_heads(x_bhsd: Tensor<4>, num_heads: usize) -> Tensor<4> {
+pub(crate) fn repeat_heads(x_bhsd: Tensor<4>, num_heads: usize) -> Tensor<4> {
     let [b, h, s, d] = x_bhsd.dims();
     if h == num_heads {
         return x_bhsd;

@@ -3,6 +3,7 @@
 //! Knows no module. Both forms compute the same; `tests` compares them, values and gradients.
 //! Shapes: b batch, n positions, d width, c channels, h and w sides.
 
+use burn::tensor::TensorData;
 use burn::tensor::activation;
 use burn::tensor::module::conv2d as burn_conv2d;
 use burn::tensor::ops::ConvOptions;
@@ -10,7 +11,7 @@ use burn::tensor::ops::ConvOptions;
 #[cfg(feature = "flex")]
 use crate::cpu;
 use crate::nn::{last_axis, to_dtype, to_f32};
-use crate::{BoolTensor, Tensor};
+use crate::{BoolTensor, IntTensor, Tensor};
 
 /// Returns whether all the given tensors can go to the CPU's fused operations.
 macro_rules! on_cpu {
@@ -209,13 +210,63 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<BoolTens
     crate::attention::composite(q, k, v, mask)
 }
 
+/// Rotates the two halves of every head against each other by tables of cosines and sines.
+///
+/// # Shapes
+/// x [b, h, l, 2 f], tables [b or 1, 1, l, f] -> [b, h, l, 2 f]
+pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
+    if on_cpu!(x, cos, sin) {
+        #[cfg(feature = "flex")]
+        let (cos, sin) = (cpu::host(cos), cpu::host(sin));
+        run_on_cpu!(cpu::Rotary { cos, sin }, x)
+    }
+    composite_rotate(x, cos, sin)
+}
+
+fn composite_rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
+    let f = x.dims()[3] / 2;
+    let (first, second) = (x.clone().narrow(3, 0, f), x.narrow(3, f, f));
+    let rotated_first = first.clone() * cos.clone() - second.clone() * sin.clone();
+    Tensor::cat(vec![rotated_first, second * cos + first * sin], 3)
+}
+
+/// silu(gate) * y.
+pub fn gated_silu<const D: usize>(gate: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    if on_cpu!(gate, y) {
+        run_on_cpu!(cpu::GatedSilu, gate, y)
+    }
+    activation::silu(gate) * y
+}
+
+/// Mean negative log-probability of one target per row, the softmax in f32.
+///
+/// # Shapes
+/// logits [n, v], n targets below v -> [1]
+///
+/// # Panics
+/// When a target is not below v.
+pub fn cross_entropy(logits: Tensor<2>, targets: Vec<usize>) -> Tensor<1> {
+    let v = logits.dims()[1];
+    assert!(targets.iter().all(|&target| target < v), "a target is not below {v}");
+    if on_cpu!(logits) {
+        run_on_cpu!(cpu::CrossEntropy { targets: std::sync::Arc::new(targets) }, logits)
+    }
+    composite_cross_entropy(logits, targets)
+}
+
+fn composite_cross_entropy(logits: Tensor<2>, targets: Vec<usize>) -> Tensor<1> {
+    let n = targets.len();
+    let targets: Vec<i64> = targets.into_iter().map(|target| target as i64).collect();
+    let targets = IntTensor::<2>::from_data(TensorData::new(targets, [n, 1]), &logits.device());
+    activation::log_softmax(to_f32(logits), 1).gather(1, targets).mean().neg()
+}
+
 /// Brings a mask [b or 1, h or 1, l, s] to the host.
 #[cfg(feature = "flex")]
 fn host_mask(mask: BoolTensor<4>) -> cpu::Mask {
-    let [b, h, l, s] = mask.dims();
-    let keep = mask.into_data().iter::<bool>().collect();
-    let or_zero = |size: usize, stride: usize| if size == 1 { 0 } else { stride };
-    cpu::Mask { keep: std::sync::Arc::new(keep), strides: [or_zero(b, h * l * s), or_zero(h, l * s), s] }
+    cpu::Mask::new(
+        mask.without_autodiff().try_into_primitive::<burn::backend::Flex>().expect("a mask of the queries' device"),
+    )
 }
 
 /// Convolution with square stride and zero padding.
@@ -247,171 +298,90 @@ fn composite_upsample(x: Tensor<4>) -> Tensor<4> {
     x.reshape([b, c, h, 1, w, 1]).expand([b, c, h, 2, w, 2]).reshape([b, c, 2 * h, 2 * w])
 }
 
-#[cfg(all(test, feature = "flex"))]
-mod tests {
-    use super::*;
-    use crate::random::noise;
-    use crate::{Device, IntTensor};
-
-    /// Compares values and the gradients of every input of two forms of one function.
-    fn assert_same<const N: usize, const D: usize>(
-        name: &str,
-        inputs: [(Vec<usize>, bool); N],
-        fused: impl Fn(&[Tensor<4>; N]) -> Tensor<D>,
-        composite: impl Fn(&[Tensor<4>; N]) -> Tensor<D>,
-    ) {
-        let device = Device::flex().autodiff();
-        let mut index = 0;
-        let inputs = inputs.map(|(shape, needs_grad)| {
-            index += 1;
-            let shape: [usize; 4] = std::array::from_fn(|i| shape.get(i).copied().unwrap_or(1));
-            let tensor = noise(index, name, shape, &device);
-            if needs_grad { tensor.require_grad() } else { tensor }
-        });
-        let (y, expected) = (fused(&inputs), composite(&inputs));
-        let close = |what: &str, a: Tensor<1>, b: Tensor<1>| {
-            let error = (a - b.clone()).abs().max().into_scalar::<f32>();
-            let scale = b.abs().max().into_scalar::<f32>();
-            assert!(error <= 2e-5 * scale.max(1.0), "{name}, {what}: {error:.1e} of {scale:.1e}");
-        };
-        close("value", flat(y.clone()), flat(expected.clone()));
-        // A random weighting of the outputs: a plain sum would hide errors that cancel.
-        let weights = noise(99, name, [y.shape().num_elements()], &device);
-        let gradient = |y: Tensor<D>| (flat_on_tape(y) * weights.clone()).sum().backward();
-        let (ours, theirs) = (gradient(y), gradient(expected));
-        for (i, input) in inputs.iter().enumerate() {
-            let pair = (input.grad(&ours), input.grad(&theirs));
-            assert_eq!(pair.0.is_some(), pair.1.is_some(), "{name}, input {i}");
-            if let (Some(a), Some(b)) = pair {
-                close(&format!("gradient {i}"), flat(a), flat(b));
-            }
-        }
+/// Softmax over the last axis.
+pub fn softmax<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    if on_cpu!(x) {
+        run_on_cpu!(cpu::Softmax, x)
     }
+    activation::softmax(x, D - 1)
+}
 
-    fn flat<const D: usize>(x: Tensor<D>) -> Tensor<1> {
-        flat_on_tape(x.without_autodiff())
-    }
+/// Numbers of one AdamW update.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamWStep {
+    /// Updates made, this one included.
+    pub updates: u64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay rates of the moments.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// What the value is multiplied with: 1 - lr * weight decay, or 1.
+    pub decay: f64,
+    /// What the gradient is multiplied with: below 1 where it is clipped.
+    pub gradient_scale: f64,
+}
 
-    fn flat_on_tape<const D: usize>(x: Tensor<D>) -> Tensor<1> {
-        let count = x.shape().num_elements();
-        x.reshape([count])
-    }
-
-    fn vector(x: &Tensor<4>) -> Tensor<1> {
-        flat_on_tape(x.clone())
-    }
-
-    fn matrix(x: &Tensor<4>) -> Tensor<2> {
-        let [a, b, _, _] = x.dims();
-        x.clone().reshape([a, b])
-    }
-
-    fn cube(x: &Tensor<4>) -> Tensor<3> {
-        let [a, b, c, _] = x.dims();
-        x.clone().reshape([a, b, c])
-    }
-
-    #[test]
-    fn linear_agrees_with_its_composite_form() {
-        for rows in [3, 40] {
-            let shapes = [(vec![2, rows, 33], true), (vec![70, 33], true), (vec![70], true)];
-            assert_same(
-                "linear",
-                shapes,
-                |[x, w, b]| linear(cube(x), matrix(w), Some(vector(b))),
-                |[x, w, b]| composite_linear(cube(x), matrix(w), Some(vector(b))),
-            );
-        }
-        // A frozen weight gets no gradient, and strided inputs are read right.
-        assert_same(
-            "frozen linear",
-            [(vec![5, 4, 6], true), (vec![7, 5], false)],
-            |[x, w]| linear(cube(x).swap_dims(0, 2), matrix(w), None),
-            |[x, w]| composite_linear(cube(x).swap_dims(0, 2), matrix(w), None),
-        );
-    }
-
-    #[test]
-    fn norms_agree_with_their_composite_forms() {
-        for (b, n, d) in [(2, 3, 20), (6, 16, 256)] {
-            assert_same(
-                "rms",
-                [(vec![b, n, d], true), (vec![d], true)],
-                |[x, w]| rms_norm(cube(x), vector(w), 1e-6),
-                |[x, w]| composite_rms_norm(cube(x), vector(w), 1e-6),
-            );
-            assert_same(
-                "layer",
-                [(vec![b, n, d], true), (vec![d], true), (vec![d], true)],
-                |[x, w, c]| layer_norm(cube(x), vector(w), vector(c), 1e-6),
-                |[x, w, c]| composite_layer_norm(cube(x), vector(w), vector(c), 1e-6),
-            );
-            assert_same(
-                "adaptive",
-                [(vec![b, n, d], true), (vec![b, d], true), (vec![b, d], true)],
-                |[x, s, t]| adaptive_norm(cube(x), matrix(s), matrix(t), 1e-6),
-                |[x, s, t]| composite_adaptive_norm(cube(x), matrix(s), matrix(t), 1e-6),
-            );
-        }
-        for (side, then_silu) in [(5, false), (5, true), (32, true)] {
-            assert_same(
-                "group",
-                [(vec![3, 8, side, side], true), (vec![8], true), (vec![8], true)],
-                |[x, w, c]| group_norm(x.clone(), vector(w), vector(c), 4, 1e-6, then_silu),
-                |[x, w, c]| composite_group_norm(x.clone(), vector(w), vector(c), 4, 1e-6, then_silu),
-            );
-        }
-    }
-
-    #[test]
-    fn pointwise_operations_agree_with_their_composite_forms() {
-        for n in [3, 300] {
-            let shape = [(vec![2, n, 37], true)];
-            assert_same("silu", shape.clone(), |[x]| silu(x.clone()), |[x]| activation::silu(x.clone()));
-            assert_same("gelu", shape, |[x]| gelu_tanh(x.clone()), |[x]| composite_gelu_tanh(x.clone()));
-            assert_same(
-                "gated",
-                [(vec![2, n, 37], true), (vec![2, 37], true), (vec![2, n, 37], true)],
-                |[x, g, y]| gated_residual(cube(x), matrix(g), cube(y)),
-                |[x, g, y]| cube(x) + matrix(g).reshape([2, 1, 37]) * cube(y),
-            );
-        }
-    }
-
-    #[test]
-    fn attention_agrees_with_its_composite_form_with_and_without_mask() {
-        let shapes = [(vec![3, 5, 2, 8], true), (vec![3, 7, 2, 8], true), (vec![3, 7, 2, 8], true)];
-        // Query 0 sees nothing, query i sees keys below i + 2.
-        let device = Device::flex();
-        let rows = IntTensor::<1>::arange(0..5, &device).reshape([1, 1, 5, 1]).expand([1, 1, 5, 7]);
-        let columns = IntTensor::<1>::arange(0..7, &device).reshape([1, 1, 1, 7]).expand([1, 1, 5, 7]);
-        let mask = columns.lower(rows.clone() + 2).bool_and(rows.greater_elem(0));
-        for mask in [None, Some(mask)] {
-            let swap = |x: &Tensor<4>| x.clone().swap_dims(1, 2);
-            assert_same(
-                "attention",
-                shapes.clone(),
-                |[q, k, v]| attention(swap(q), swap(k), swap(v), mask.clone()),
-                |[q, k, v]| crate::attention::composite(swap(q), swap(k), swap(v), mask.clone()),
-            );
-        }
-    }
-
-    #[test]
-    fn convolution_and_upsampling_agree_with_burns() {
-        for (kernel, stride, padding, side) in [(3, 1, 1, 6), (3, 2, 0, 9), (3, 2, 1, 8), (1, 1, 0, 5), (3, 1, 1, 40)] {
-            let weight = vec![4, 3, kernel, kernel];
-            assert_same(
-                "conv",
-                [(vec![2, 3, side, side + 1], true), (weight, true), (vec![4], true)],
-                |[x, w, b]| conv2d(x.clone(), w.clone(), Some(vector(b)), stride, padding),
-                |[x, w, b]| {
-                    let options = ConvOptions::new([stride; 2], [padding; 2], [1; 2], 1);
-                    burn_conv2d(x.clone(), w.clone(), Some(vector(b)), options)
-                },
-            );
-        }
-        let shape = [(vec![2, 3, 5, 4], true)];
-        assert_same("upsample", shape, |[x]| upsample_nearest(x.clone()), |[x]| composite_upsample(x.clone()));
+impl AdamWStep {
+    /// Returns 1 - beta^updates of the first or the second moment.
+    pub fn correction(&self, moment: usize) -> f64 {
+        1.0 - self.betas[moment].powf(self.updates as f64)
     }
 }
+
+/// Running means of a parameter's gradient and of its square, as vectors.
+#[derive(Debug, Clone)]
+pub struct Moments {
+    /// Of the gradient.
+    pub first: Tensor<1>,
+    /// Of its square.
+    pub second: Tensor<1>,
+}
+
+/// Updates a value, off the tape, by AdamW; without moments it starts from zero ones.
+///
+/// On the CPU, vectors that nobody else holds are updated where they lie.
+///
+/// # Shapes
+/// all [n]
+pub fn adamw(
+    value: Tensor<1>,
+    gradient: Tensor<1>,
+    moments: Option<Moments>,
+    step: &AdamWStep,
+) -> (Tensor<1>, Moments) {
+    let Moments { first, second } =
+        moments.unwrap_or_else(|| Moments { first: gradient.zeros_like(), second: gradient.zeros_like() });
+    #[cfg(feature = "flex")]
+    if on_cpu!(value, gradient, first, second) {
+        let [value, first, second] = cpu::adamw([value, first, second], gradient, step);
+        return (value, Moments { first, second });
+    }
+    composite_adamw(value, gradient, Moments { first, second }, step)
+}
+
+fn composite_adamw(value: Tensor<1>, gradient: Tensor<1>, moments: Moments, step: &AdamWStep) -> (Tensor<1>, Moments) {
+    let [beta1, beta2] = step.betas;
+    let gradient = if step.gradient_scale == 1.0 { gradient } else { gradient.mul_scalar(step.gradient_scale) };
+    let moments = Moments {
+        first: moments.first.mul_scalar(beta1) + gradient.clone().mul_scalar(1.0 - beta1),
+        second: moments.second.mul_scalar(beta2) + gradient.square().mul_scalar(1.0 - beta2),
+    };
+    let root = (moments.second.clone() / step.correction(1)).sqrt().add_scalar(step.eps);
+    let change = moments.first.clone().mul_scalar(step.lr / step.correction(0)) / root;
+    let value = if step.decay == 1.0 { value } else { value.mul_scalar(step.decay) };
+    (value - change, moments)
+}
+
+/// Returns the sum of squares of a vector off the tape.
+pub fn sum_of_squares(x: Tensor<1>) -> f64 {
+    #[cfg(feature = "flex")]
+    if on_cpu!(x) {
+        return cpu::sum_of_squares(x);
+    }
+    f64::from(to_f32(x).square().sum().into_scalar::<f32>())
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests;

@@ -7,7 +7,8 @@
 use burn::tensor::TensorData;
 use deepgen_contract::model::{LanguageConfig, SpecialTokens};
 
-use crate::{Device, Tensor};
+use crate::nn::to_dtype;
+use crate::{Device, Tensor, fused};
 
 /// Position of a padded token on every axis; it has no effect.
 pub const PADDING_POSITION: i64 = 1;
@@ -176,15 +177,10 @@ impl Rotary {
     /// # Shapes
     /// - `x_bhld`: `[batch or 1, heads, positions, head_dim]`, returned with the same shape.
     pub fn apply(&self, x_bhld: Tensor<4>) -> Tensor<4> {
-        let [_, _, _, d] = x_bhld.dims();
         let dtype = x_bhld.dtype();
         // The reference casts the f32 tables to the activation dtype, then rotates.
-        let (cos, sin) = (self.cos_bhlf.clone().cast(dtype), self.sin_bhlf.clone().cast(dtype));
-        let first = x_bhld.clone().narrow(3, 0, d / 2);
-        let second = x_bhld.narrow(3, d / 2, d / 2);
-        let rotated_first = first.clone() * cos.clone() - second.clone() * sin.clone();
-        let rotated_second = second * cos + first * sin;
-        Tensor::cat(vec![rotated_first, rotated_second], 3)
+        let (cos, sin) = (to_dtype(self.cos_bhlf.clone(), dtype), to_dtype(self.sin_bhlf.clone(), dtype));
+        fused::rotate(x_bhld, cos, sin)
     }
 }
 

@@ -173,7 +173,7 @@ impl VisionAttention {
 
 impl VisionMlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.down_proj.forward(silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x))
+        self.down_proj.forward(fused::gated_silu(self.gate_proj.forward(x.clone()), self.up_proj.forward(x)))
     }
 }
 

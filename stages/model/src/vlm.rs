@@ -6,13 +6,13 @@
 //! queries, d decoder width, v rows of all images.
 
 use burn::module::Module;
-use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, FloatDType, TensorData};
 use deepgen_contract::model::{LanguageConfig, Padding, SpecialTokens, VlmConfig};
 
+use crate::fused;
 use crate::init::{Fill, Init};
 use crate::language::{INIT_STD, LanguageModel};
-use crate::nn::{Linear, to_dtype, to_f32};
+use crate::nn::{Linear, to_dtype};
 use crate::probe::tap;
 use crate::rope::{Grid, PositionIds, RopeError};
 use crate::vision::VisionTower;
@@ -328,15 +328,13 @@ impl Vlm {
             let first = l.saturating_sub(num).max(1);
             for (position, &id) in ids.iter().enumerate().skip(first) {
                 places.push((row * l + position - 1) as i64);
-                targets.push(i64::from(id));
+                targets.push(id as usize);
             }
         }
         let num = places.len();
         let predictors = state.select(0, IntTensor::from_data(TensorData::new(places, [num]), &device));
         let logits: Tensor<2> = self.logits(predictors.unsqueeze::<3>()).squeeze_dim(0);
-        let log_probabilities = log_softmax(to_f32(logits), 1);
-        let picked = log_probabilities.gather(1, IntTensor::from_data(TensorData::new(targets, [num, 1]), &device));
-        Ok(picked.mean().neg())
+        Ok(fused::cross_entropy(logits, targets))
     }
 
     /// Returns the logits of the token that follows each prompt, `[b, vocab]`.
@@ -413,6 +411,8 @@ pub fn is_adapter(name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use burn::tensor::activation::log_softmax;
+
     use super::*;
     use crate::random::noise;
     use crate::weights::for_each_param;

@@ -45,6 +45,10 @@ mod tensorboard;
 mod tools;
 mod warm_start;
 
+/// Training frees and asks for the same large arrays at every step; this allocator hands them out again without clearing.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const USAGE: &str = "usage: deepgen-worker JOB_DIR    run the job described by JOB_DIR/job.json
        deepgen-worker hash DIR   print the blake3 over a folder's files
        deepgen-worker tool DIR   do what DIR/tool.json asks for

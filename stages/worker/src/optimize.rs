@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::{Gradients, TensorData};
 use deepgen_contract::train::{OptimizerSettings, Schedule};
+use deepgen_model::fused::{self, AdamWStep, Moments};
 use deepgen_model::weights::{self, WeightFile};
 use deepgen_model::{Device, Tensor};
 
@@ -53,16 +54,8 @@ impl GradientSum {
 
     /// Returns the norm over all gradients together.
     pub fn global_norm(&self) -> f64 {
-        let squares = self.by_name.values().map(|gradient| gradient.clone().square().sum());
-        squares.reduce(|a, b| a + b).map_or(0.0, |sum| f64::from(sum.into_scalar::<f32>()).sqrt())
+        self.by_name.values().map(|gradient| fused::sum_of_squares(gradient.clone())).sum::<f64>().sqrt()
     }
-}
-
-/// Moments of one parameter.
-#[derive(Clone)]
-struct Moments {
-    first: Tensor<1>,
-    second: Tensor<1>,
 }
 
 /// AdamW with decoupled decay of parameters that have two or more dimensions.
@@ -102,33 +95,19 @@ impl AdamW {
 
     fn apply<M: Module>(&mut self, module: M, mut gradients: GradientSum, norm: f64, lr: f64) -> M {
         self.updates += 1;
-        let OptimizerSettings { betas: [beta1, beta2], eps, weight_decay, clip_norm, .. } = self.settings;
-        let clip = if clip_norm > 0.0 { (clip_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
+        let OptimizerSettings { betas, eps, weight_decay, clip_norm, .. } = self.settings;
+        let gradient_scale = if clip_norm > 0.0 { (clip_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
         let mut ranks = BTreeMap::new();
         weights::for_each_param(&module, |name, param| {
             ranks.insert(name.to_owned(), param.shape().len());
         });
-        let steps = self.updates as f64;
-        let (correction1, correction2) = (1.0 - beta1.powf(steps), 1.0 - beta2.powf(steps));
         weights::map_params(module, |name, value| {
             let Some(gradient) = gradients.by_name.remove(name) else { return value };
-            let gradient = if clip < 1.0 { gradient.mul_scalar(clip) } else { gradient };
             let decay = if ranks[name] >= 2 { 1.0 - lr * weight_decay } else { 1.0 };
-            let moments = match self.moments.remove(name) {
-                Some(Moments { first, second }) => Moments {
-                    first: first.mul_scalar(beta1) + gradient.clone().mul_scalar(1.0 - beta1),
-                    second: second.mul_scalar(beta2) + gradient.square().mul_scalar(1.0 - beta2),
-                },
-                None => Moments {
-                    first: gradient.clone().mul_scalar(1.0 - beta1),
-                    second: gradient.square().mul_scalar(1.0 - beta2),
-                },
-            };
-            let root = (moments.second.clone() / correction2).sqrt().add_scalar(eps);
-            let step = moments.first.clone().mul_scalar(lr / correction1) / root;
+            let step = AdamWStep { updates: self.updates, lr, betas, eps, decay, gradient_scale };
+            let (value, moments) = fused::adamw(value, gradient, self.moments.remove(name), &step);
             self.moments.insert(name.to_owned(), moments);
-            let value = if decay < 1.0 { value.mul_scalar(decay) } else { value };
-            value - step
+            value
         })
     }
 

@@ -5,12 +5,12 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::TensorData;
-use burn::tensor::activation::log_softmax;
 use deepgen_contract::shapes::{Cell, Colour, Shape, ShapesWorld};
 use deepgen_data::batch::Batch;
 use deepgen_data::resize::Pixels;
 use deepgen_judge::reading::{Found, Reader};
 use deepgen_model::attention::attention;
+use deepgen_model::fused;
 use deepgen_model::init::{Fill, Init};
 use deepgen_model::nn::Linear;
 use deepgen_model::{IntTensor, Tensor};
@@ -194,9 +194,7 @@ fn cross_entropy(logits: Tensor<2>, classes: &[i64], device: &deepgen_model::Dev
         return None;
     }
     let count = known.len();
-    let targets: Vec<i64> = known.iter().map(|&i| classes[i as usize]).collect();
+    let targets = known.iter().map(|&i| classes[i as usize] as usize).collect();
     let rows = IntTensor::from_data(TensorData::new(known, [count]), device);
-    let picked = log_softmax(logits.select(0, rows), 1)
-        .gather(1, IntTensor::from_data(TensorData::new(targets, [count, 1]), device));
-    Some(picked.mean().neg())
+    Some(fused::cross_entropy(logits.select(0, rows), targets))
 }

@@ -1,103 +1,81 @@
 //! Scaled dot-product attention: products, softmax and mask in one operation, heads read where they lie.
-
-use std::sync::Arc;
+//!
+//! Queries go block by block, so that scores stay in the cache, and keys that no query of a block may see are left out.
 
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::linear::{Matrix, matmul};
-use super::simd::{exp, kernel, max, sum};
-use super::{HostOp, dims, strided_array};
+use super::linear::{Matrix, product};
+use super::softmax::{softmax_row, softmax_row_backward};
+use super::{HostOp, dims, strided_array, unwritten};
 
-/// Which query may look at which key; strides are zero along axes that broadcast.
+/// Queries of a block.
+const QUERIES: usize = 128;
+
+/// Which query may look at which key: [b or 1, h or 1, l, s], one byte each, zero = may not.
 #[derive(Clone, Debug)]
 pub(crate) struct Mask {
-    /// Non-zero = may look.
-    pub(crate) keep: Arc<Vec<bool>>,
-    /// Strides over batch, head and query; keys are adjacent.
-    pub(crate) strides: [usize; 3],
+    keep: FlexTensor,
+    strides: [usize; 3],
 }
 
 impl Mask {
-    fn row(&self, b: usize, h: usize, l: usize, s: usize) -> &[bool] {
-        let start = b * self.strides[0] + h * self.strides[1] + l * self.strides[2];
-        &self.keep[start..start + s]
+    /// Takes a boolean array.
+    pub(crate) fn new(keep: FlexTensor) -> Self {
+        let keep = if keep.layout().strides()[3] == 1 || dims(&keep)[3] == 1 { keep } else { keep.to_contiguous() };
+        let layout = keep.layout();
+        let stride = |axis: usize| if dims(&keep)[axis] == 1 { 0 } else { layout.strides()[axis] as usize };
+        let strides = [stride(0), stride(1), stride(2)];
+        Self { keep, strides }
     }
-}
 
-kernel! {
-    /// Softmax of scale * scores, in place.
-    pub(super) fn softmax_row(scores: &mut [f32], scale: f32) {
-        let top = max(scores) * scale;
-        for score in scores.iter_mut() {
-            *score = exp(*score * scale - top);
-        }
-        let inverse = 1.0 / sum(scores.len(), |i| scores[i]);
-        for score in scores.iter_mut() {
-            *score *= inverse;
-        }
-    }
-}
-
-kernel! {
-    /// Gradient of the scores from the gradient of the weights, in place.
-    pub(super) fn softmax_row_backward(weights: &[f32], grad: &mut [f32], scale: f32) {
-        let mean = sum(weights.len(), |i| weights[i] * grad[i]);
-        for (grad, &weight) in grad.iter_mut().zip(weights) {
-            *grad = weight * (*grad - mean) * scale;
-        }
+    fn row(&self, b: usize, h: usize, l: usize, s: usize) -> &[u8] {
+        let start = self.keep.layout().start_offset();
+        let start = start + b * self.strides[0] + h * self.strides[1] + l * self.strides[2];
+        &self.keep.storage::<u8>()[start..start + s]
     }
 }
 
 /// Softmax over the keys that the mask keeps; a query with none gets zeros.
-fn masked_softmax(scores: &mut [f32], keep: Option<&[bool]>, scale: f32) {
+fn masked_softmax(scores: &mut [f32], keep: Option<&[u8]>, scale: f32) {
     let Some(keep) = keep else {
         return softmax_row(scores, scale);
     };
-    if !keep.contains(&true) {
+    let keep = &keep[..scores.len()];
+    if keep.iter().all(|&keep| keep == 0) {
         return scores.fill(0.0);
     }
     for (score, &keep) in scores.iter_mut().zip(keep) {
         // Far enough below every real score for its weight to be lost, near enough to stay finite when scaled.
-        *score = if keep { *score } else { -1e30 };
+        *score = if keep != 0 { *score } else { -1e30 };
     }
     softmax_row(scores, scale);
     for (score, &keep) in scores.iter_mut().zip(keep) {
-        *score = if keep { *score } else { 0.0 };
+        *score = if keep != 0 { *score } else { 0.0 };
     }
 }
 
-/// Attention of q [b, h, l, d] over k and v [b, h, s, d]; output and gradients are stored as [b, l, h, d].
+/// Attention of q [b, h, l, d] over k and v [b, h or fewer, s, d], each of whose heads serves a group of consecutive query
+/// heads; output and gradients are stored as [b, l, h, d].
 #[derive(Clone, Debug)]
 pub(crate) struct Attention {
     pub(crate) mask: Option<Mask>,
 }
 
-/// Sizes b, h, l, s, d.
+/// Sizes b, h, l, s, d, and the heads of k and v.
 #[derive(Clone, Copy)]
 struct Sizes {
     b: usize,
     h: usize,
+    kv: usize,
     l: usize,
     s: usize,
     d: usize,
 }
 
-impl Sizes {
-    fn of(q: &FlexTensor, k: &FlexTensor) -> Self {
-        let [b, h, l, d] = [dims(q)[0], dims(q)[1], dims(q)[2], dims(q)[3]];
-        Self { b, h, l, s: dims(k)[2], d }
-    }
-
-    fn scale(&self) -> f32 {
-        (self.d as f32).powf(-0.5)
-    }
-
-    /// Wraps values stored as [b, n, h, d] as an array of shape [b, h, n, d].
-    fn wrap(&self, values: Vec<f32>, n: usize) -> FlexTensor {
-        let (h, d) = (self.h, self.d);
-        strided_array(values, &[self.b, h, n, d], &[n * h * d, d, h * d, 1])
-    }
+/// Wraps values stored as [b, n, h, d] as an array of shape [b, h, n, d].
+fn wrap(values: Vec<f32>, [b, h, n, d]: [usize; 4]) -> FlexTensor {
+    strided_array(values, &[b, h, n, d], &[n * h * d, d, h * d, 1])
 }
 
 /// Returns head `h` of sample `b` as a matrix of rows.
@@ -108,30 +86,118 @@ fn head(tensor: &FlexTensor, b: usize, h: usize) -> Matrix<'_> {
     Matrix { values: &storage[start..], row: strides[2] as usize, column: strides[3] as usize }
 }
 
+/// Array stored as [b, n, h, d] whose heads are written by different threads.
+#[derive(Clone, Copy)]
+struct Heads {
+    start: *mut f32,
+    n: usize,
+    h: usize,
+    d: usize,
+}
+
+// SAFETY: each thread writes the elements of its own heads only (see `Heads::head`).
+unsafe impl Send for Heads {}
+// SAFETY: as above.
+unsafe impl Sync for Heads {}
+
+impl Heads {
+    fn of(values: &mut [f32], n: usize, h: usize, d: usize) -> Self {
+        Self { start: values.as_mut_ptr(), n, h, d }
+    }
+
+    /// Returns the first element of row `row` of a head; rows are `h * d` apart.
+    fn head(&self, b: usize, h: usize, row: usize) -> *mut f32 {
+        self.start.wrapping_add(((b * self.n + row) * self.h + h) * self.d)
+    }
+
+    fn pitch(&self) -> usize {
+        self.h * self.d
+    }
+}
+
+impl Attention {
+    fn sizes(q: &FlexTensor, k: &FlexTensor) -> Sizes {
+        let [b, h, l, d] = [dims(q)[0], dims(q)[1], dims(q)[2], dims(q)[3]];
+        Sizes { b, h, kv: dims(k)[1], l, s: dims(k)[2], d }
+    }
+
+    /// Returns how many keys the queries of a block may see: all keys behind the last visible one are hidden.
+    fn num_visible(&self, sizes: &Sizes, b: usize, h: usize, first: usize, rows: usize) -> usize {
+        let Some(mask) = &self.mask else { return sizes.s };
+        let last = |row| mask.row(b, h, row, sizes.s).iter().rposition(|&keep| keep != 0).map_or(0, |last| last + 1);
+        (first..first + rows).map(last).max().unwrap_or(0)
+    }
+
+    /// Computes a block of weights [rows, s] and its output.
+    #[allow(clippy::too_many_arguments)]
+    fn block(
+        &self,
+        sizes: &Sizes,
+        [q, k, v]: [Matrix; 3],
+        [b, h]: [usize; 2],
+        (first, rows): (usize, usize),
+        weights: &mut [f32],
+        out: Heads,
+    ) {
+        let Sizes { l, s, d, .. } = *sizes;
+        assert!(first + rows <= l && q.holds(l, d) && k.holds(s, d) && v.holds(s, d) && weights.len() >= rows * s);
+        let visible = self.num_visible(sizes, b, h, first, rows);
+        // SAFETY: the matrices lie inside their slices, and rows of this head belong to this thread.
+        unsafe { product([rows, d, visible], q.below(first), k.transposed(), (weights.as_mut_ptr(), s), false) };
+        for (row, weights) in weights.chunks_exact_mut(s).take(rows).enumerate() {
+            let keep = self.mask.as_ref().map(|mask| mask.row(b, h, first + row, s));
+            let (seen, hidden) = weights.split_at_mut(visible);
+            masked_softmax(seen, keep, (d as f32).powf(-0.5));
+            hidden.fill(0.0);
+        }
+        let weights = Matrix::rows(weights, s);
+        // SAFETY: as above.
+        unsafe { product([rows, visible, d], weights, v, (out.head(b, h, first), out.pitch()), false) };
+    }
+}
+
+/// Calls `f` with the first query and the number of queries of each block.
+fn for_blocks(l: usize, mut f: impl FnMut(usize, usize)) {
+    (0..l).step_by(QUERIES).for_each(|first| f(first, QUERIES.min(l - first)));
+}
+
 impl HostOp<3> for Attention {
     /// The weights [b, h, l, s].
-    type Saved = Arc<Vec<f32>>;
+    type Saved = std::sync::Arc<Vec<f32>>;
     const TAKES_STRIDES: bool = true;
 
     fn forward(&self, [q, k, v]: &[FlexTensor; 3]) -> (FlexTensor, Self::Saved) {
-        let sizes = Sizes::of(q, k);
-        let Sizes { b, h, l, s, d } = sizes;
-        let (mut weights, mut out) = (vec![0.0; b * h * l * s], vec![0.0; b * l * h * d]);
-        let samples =
-            weights.par_chunks_mut((h * l * s).max(1)).zip(out.par_chunks_mut((l * h * d).max(1))).enumerate();
-        samples.for_each(|(b, (weights, out))| {
-            for (head_index, weights) in weights.chunks_exact_mut(l * s).enumerate() {
-                let [q, k, v] = [q, k, v].map(|tensor| head(tensor, b, head_index));
-                matmul([l, d, s], q, k.transposed(), (weights, s), false, false);
-                for (row, weights) in weights.chunks_exact_mut(s).enumerate() {
-                    let keep = self.mask.as_ref().map(|mask| mask.row(b, head_index, row, s));
-                    masked_softmax(weights, keep, sizes.scale());
-                }
-                let out = &mut out[head_index * d..];
-                matmul([l, s, d], Matrix::rows(weights, s), v, (out, h * d), false, false);
-            }
+        let sizes = Self::sizes(q, k);
+        let Sizes { b, h, kv, l, s, d } = sizes;
+        let (mut weights, mut out) = (unwritten(b * h * l * s), unwritten(b * l * h * d));
+        let heads = Heads::of(&mut out, l, h, d);
+        weights.par_chunks_mut((l * s).max(1)).enumerate().for_each(|(i, weights)| {
+            let (b, h_index) = (i / h, i % h);
+            let own = [head(q, b, h_index), head(k, b, h_index * kv / h), head(v, b, h_index * kv / h)];
+            for_blocks(l, |first, rows| {
+                let weights = &mut weights[first * s..(first + rows) * s];
+                self.block(&sizes, own, [b, h_index], (first, rows), weights, heads);
+            });
         });
-        (sizes.wrap(out, l), Arc::new(weights))
+        (wrap(out, [b, h, l, d]), std::sync::Arc::new(weights))
+    }
+
+    fn infer(&self, [q, k, v]: &[FlexTensor; 3]) -> FlexTensor {
+        let sizes = Self::sizes(q, k);
+        let Sizes { b, h, kv, l, s, d } = sizes;
+        let mut out = unwritten(b * l * h * d);
+        let heads = Heads::of(&mut out, l, h, d);
+        (0..b * h).into_par_iter().for_each_init(
+            || unwritten(QUERIES.min(l) * s),
+            |weights, i| {
+                let (b, h_index) = (i / h, i % h);
+                let own = [head(q, b, h_index), head(k, b, h_index * kv / h), head(v, b, h_index * kv / h)];
+                for_blocks(l, |first, rows| {
+                    self.block(&sizes, own, [b, h_index], (first, rows), weights, heads);
+                });
+            },
+        );
+        wrap(out, [b, h, l, d])
     }
 
     fn backward(
@@ -141,28 +207,48 @@ impl HostOp<3> for Attention {
         grad: &FlexTensor,
         _: [bool; 3],
     ) -> [Option<FlexTensor>; 3] {
-        let sizes = Sizes::of(q, k);
-        let Sizes { b, h, l, s, d } = sizes;
-        let [mut d_q, mut d_k, mut d_v] = [l, s, s].map(|n| vec![0.0; b * n * h * d]);
-        let (own, other) = ((l * h * d).max(1), (s * h * d).max(1));
-        let samples = d_q.par_chunks_mut(own).zip(d_k.par_chunks_mut(other)).zip(d_v.par_chunks_mut(other)).enumerate();
-        samples.for_each(|(b, ((d_q, d_k), d_v))| {
-            let mut d_scores = vec![0.0; l * s];
-            for head_index in 0..h {
-                let [q, k, v, grad] = [q, k, v, grad].map(|tensor| head(tensor, b, head_index));
-                let weights = &saved[(b * h + head_index) * l * s..][..l * s];
-                let weight_rows = Matrix::rows(weights, s);
-                let at = head_index * d;
-                matmul([s, l, d], weight_rows.transposed(), grad, (&mut d_v[at..], h * d), false, false);
-                matmul([l, d, s], grad, v.transposed(), (&mut d_scores, s), false, false);
-                for (weights, d_scores) in weights.chunks_exact(s).zip(d_scores.chunks_exact_mut(s)) {
-                    softmax_row_backward(weights, d_scores, sizes.scale());
+        let sizes = Self::sizes(q, k);
+        let Sizes { b, h, kv, l, s, d } = sizes;
+        let mut d_q = unwritten(b * l * h * d);
+        let [mut d_k, mut d_v] = [(); 2].map(|()| vec![0.0; b * s * kv * d]);
+        let q_heads = Heads::of(&mut d_q, l, h, d);
+        let [k_heads, v_heads] = [&mut d_k, &mut d_v].map(|values| Heads::of(values, s, kv, d));
+        // One piece of work is a head of k and v with the query heads it serves, which add to its gradient in turn.
+        (0..b * kv).into_par_iter().for_each_init(
+            || unwritten(QUERIES.min(l) * s),
+            |d_scores, i| {
+                let (b, kv_index) = (i / kv, i % kv);
+                let (k, v) = (head(k, b, kv_index), head(v, b, kv_index));
+                for h_index in kv_index * h / kv..(kv_index + 1) * h / kv {
+                    let (q, grad) = (head(q, b, h_index), head(grad, b, h_index));
+                    assert!(q.holds(l, d) && grad.holds(l, d) && k.holds(s, d) && v.holds(s, d));
+                    for_blocks(l, |first, rows| {
+                        let visible = self.num_visible(&sizes, b, h_index, first, rows);
+                        let weights = &saved[((b * h + h_index) * l + first) * s..][..rows * s];
+                        let by_key = Matrix::rows(weights, s).transposed();
+                        let (q, grad) = (q.below(first), grad.below(first));
+                        let (to_k, to_v) = (k_heads.head(b, kv_index, 0), v_heads.head(b, kv_index, 0));
+                        let to_q = q_heads.head(b, h_index, first);
+                        // SAFETY: the matrices lie inside their slices, and these heads belong to this thread.
+                        unsafe {
+                            product([visible, rows, d], by_key, grad, (to_v, v_heads.pitch()), true);
+                            product([rows, d, visible], grad, v.transposed(), (d_scores.as_mut_ptr(), s), false);
+                        }
+                        for (weights, d_scores) in weights.chunks_exact(s).zip(d_scores.chunks_exact_mut(s)) {
+                            let scale = (d as f32).powf(-0.5);
+                            softmax_row_backward(&weights[..visible], &mut d_scores[..visible], scale);
+                        }
+                        let rows_of_scores = Matrix::rows(d_scores, s);
+                        // SAFETY: as above.
+                        unsafe {
+                            product([rows, visible, d], rows_of_scores, k, (to_q, q_heads.pitch()), false);
+                            let by_key = rows_of_scores.transposed();
+                            product([visible, rows, d], by_key, q, (to_k, k_heads.pitch()), true);
+                        }
+                    });
                 }
-                let score_rows = Matrix::rows(&d_scores, s);
-                matmul([l, s, d], score_rows, k, (&mut d_q[at..], h * d), false, false);
-                matmul([s, l, d], score_rows.transposed(), q, (&mut d_k[at..], h * d), false, false);
-            }
-        });
-        [Some(sizes.wrap(d_q, l)), Some(sizes.wrap(d_k, s)), Some(sizes.wrap(d_v, s))]
+            },
+        );
+        [Some(wrap(d_q, [b, h, l, d])), Some(wrap(d_k, [b, kv, s, d])), Some(wrap(d_v, [b, kv, s, d]))]
     }
 }

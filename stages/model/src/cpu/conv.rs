@@ -1,4 +1,7 @@
-//! Convolution by unfolding a band of output rows at a time, and nearest-neighbour doubling of the side.
+//! Convolution, and nearest-neighbour doubling of the side.
+//!
+//! The common kind (3x3, stride 1) runs in `direct` where the processor allows it; others, and all of them elsewhere, by
+//! unfolding a band of output rows at a time.
 
 use std::cell::RefCell;
 
@@ -6,10 +9,12 @@ use burn::backend::flex::FlexTensor;
 
 use super::linear::{Matrix, matmul};
 use super::simd::{kernel, sum};
-use super::{HostOp, add_up, array, dims, for_chunks, map_range, values};
+use super::{HostOp, add_up, array, dims, for_chunks, map_range, unwritten, values};
 
 /// Elements of an unfolded band: small enough to stay in a core's cache.
 const BAND_ELEMENTS: usize = 1 << 16;
+/// Columns of an unfolded band at least, where there are as many: a product with fewer runs in half-filled registers.
+const BAND_COLUMNS: usize = 64;
 /// Pieces that the batch is cut into when the weight's gradient is summed; fixed, so that the order of the sum is.
 const NUM_PIECES: usize = 8;
 
@@ -78,9 +83,19 @@ impl Sizes {
         self.kernel == 1 && self.stride == 1 && self.padding == 0
     }
 
+    /// Input channels, sides and output channels, if `direct` can take this convolution.
+    fn direct(&self) -> Option<[usize; 4]> {
+        #[cfg(target_arch = "x86_64")]
+        if self.kernel == 3 && self.stride == 1 && self.padding == 1 && self.c > 0 && super::direct::is_available() {
+            return Some([self.c, self.h, self.w, self.o]);
+        }
+        None
+    }
+
     /// Calls `f` with the first row and the number of rows of each band of output rows.
     fn for_bands(&self, mut f: impl FnMut(usize, usize)) {
-        let rows = (BAND_ELEMENTS / (self.taps() * self.out_w)).clamp(1, self.out_h);
+        let rows = (BAND_ELEMENTS / (self.taps() * self.out_w)).max(BAND_COLUMNS.div_ceil(self.out_w));
+        let rows = rows.clamp(1, self.out_h);
         (0..self.out_h).step_by(rows).for_each(|first| f(first, rows.min(self.out_h - first)));
     }
 
@@ -224,7 +239,12 @@ impl HostOp<3> for Conv {
     fn forward(&self, [x, weight, bias]: &[FlexTensor; 3]) -> (FlexTensor, ()) {
         let sizes = Sizes::of(self, x, weight);
         let (input, weight, bias) = (values(x), values(weight), values(bias));
-        let mut out = vec![0.0; dims(x)[0] * sizes.output()];
+        #[cfg(target_arch = "x86_64")]
+        if let Some(direct) = sizes.direct() {
+            let out = super::direct::forward(input, direct, weight, bias);
+            return (array(out, &[dims(x)[0], sizes.o, sizes.out_h, sizes.out_w]), ());
+        }
+        let mut out = unwritten(dims(x)[0] * sizes.output());
         for_chunks(&mut out, sizes.output(), |b, out| {
             sizes.forward_one(&input[b * sizes.input()..(b + 1) * sizes.input()], weight, bias, out);
         });
@@ -241,6 +261,12 @@ impl HostOp<3> for Conv {
         let sizes = Sizes::of(self, x, weight);
         let (input, weight_values, grad) = (values(x), values(weight), values(grad));
         let batch = dims(x)[0];
+        #[cfg(target_arch = "x86_64")]
+        if let Some(direct) = sizes.direct() {
+            let d_x = needs[0].then(|| array(super::direct::input_gradient(grad, direct, weight_values), dims(x)));
+            let d_weight = needs[1].then(|| array(super::direct::weight_gradient(input, direct, grad), dims(weight)));
+            return [d_x, d_weight, needs[2].then(|| array(bias_grad(grad, &sizes), dims(bias)))];
+        }
         let one = |b: usize| {
             (&input[b * sizes.input()..(b + 1) * sizes.input()], &grad[b * sizes.output()..(b + 1) * sizes.output()])
         };
@@ -268,6 +294,20 @@ impl HostOp<3> for Conv {
     }
 }
 
+/// Sums a gradient [b, o, h, w] over all axes but the channels'.
+fn bias_grad(grad: &[f32], sizes: &Sizes) -> Vec<f32> {
+    let pixels = sizes.out_h * sizes.out_w;
+    let total = |o: usize| {
+        let samples = grad.chunks_exact(sizes.output());
+        samples.fold(0.0, |total, grad| {
+            let mut sum = [total];
+            sum_channels(&grad[o * pixels..(o + 1) * pixels], &mut sum);
+            sum[0]
+        })
+    };
+    map_range(sizes.o, grad.len(), total)
+}
+
 /// Doubles the side of x [b, c, h, w] by repeating each pixel.
 #[derive(Clone, Debug)]
 pub(crate) struct Upsample;
@@ -278,7 +318,7 @@ impl HostOp<1> for Upsample {
     fn forward(&self, [x]: &[FlexTensor; 1]) -> (FlexTensor, ()) {
         let [b, c, h, w] = [dims(x)[0], dims(x)[1], dims(x)[2], dims(x)[3]];
         let input = values(x);
-        let mut out = vec![0.0; 4 * input.len()];
+        let mut out = unwritten(4 * input.len());
         for_chunks(&mut out, 4 * h * w, |i, out| {
             let input = &input[i * h * w..(i + 1) * h * w];
             for (row, out) in input.chunks_exact(w).zip(out.chunks_exact_mut(4 * w)) {
@@ -295,7 +335,7 @@ impl HostOp<1> for Upsample {
     fn backward(&self, [x]: &[FlexTensor; 1], _: &(), grad: &FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let [h, w] = [dims(x)[2], dims(x)[3]];
         let grad = values(grad);
-        let mut out = vec![0.0; values(x).len()];
+        let mut out = unwritten(values(x).len());
         for_chunks(&mut out, h * w, |i, out| {
             let grad = &grad[4 * i * h * w..4 * (i + 1) * h * w];
             for (out, grad) in out.chunks_exact_mut(w).zip(grad.chunks_exact(4 * w)) {
@@ -307,5 +347,48 @@ impl HostOp<1> for Upsample {
             }
         });
         [Some(array(out, dims(x)))]
+    }
+}
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::random::Stream;
+
+    /// Both forms of a convolution, and of its gradients, on one processor.
+    #[test]
+    fn the_direct_form_agrees_with_unfolding() {
+        if !super::super::direct::is_available() {
+            return;
+        }
+        for [b, c, o, h, w] in
+            [[2, 3, 16, 8, 8], [1, 5, 7, 5, 16], [3, 4, 3, 9, 33], [2, 6, 13, 1, 1], [1, 2, 6, 3, 64]]
+        {
+            let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
+            let (x, weight) = (draw("x", b * c * h * w), draw("weight", o * c * 9));
+            let (bias, grad) = (draw("bias", o), draw("grad", b * o * h * w));
+            let sizes = Sizes { c, h, w, o, kernel: 3, stride: 1, padding: 1, out_h: h, out_w: w };
+            let (mut y, mut d_x) = (vec![0.0; b * o * h * w], vec![0.0; x.len()]);
+            let mut d_weight = vec![0.0; weight.len()];
+            for i in 0..b {
+                let (x, grad) = (&x[i * c * h * w..][..c * h * w], &grad[i * o * h * w..][..o * h * w]);
+                sizes.forward_one(x, &weight, &bias, &mut y[i * o * h * w..][..o * h * w]);
+                sizes.input_grad_one(&weight, grad, &mut d_x[i * c * h * w..][..c * h * w]);
+                sizes.weight_grad_one(x, grad, &mut d_weight);
+            }
+            let direct = [c, h, w, o];
+            let pairs = [
+                ("value", super::super::direct::forward(&x, direct, &weight, &bias), y),
+                ("input", super::super::direct::input_gradient(&grad, direct, &weight), d_x),
+                ("weight", super::super::direct::weight_gradient(&x, direct, &grad), d_weight),
+            ];
+            for (what, ours, expected) in pairs {
+                let scale = expected.iter().fold(1f32, |top, value| top.max(value.abs()));
+                assert_eq!(ours.len(), expected.len());
+                for (a, b) in ours.iter().zip(&expected) {
+                    assert!((a - b).abs() <= 2e-5 * scale, "{what} of {b}x{c}x{h}x{w}: {a} is not {b}");
+                }
+            }
+        }
     }
 }

@@ -3,8 +3,8 @@
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::simd::kernel;
-use super::{HostOp, array, dims, values};
+use super::simd::{kernel, sum};
+use super::{HostOp, PARALLEL_ELEMENTS, array, dims, unwritten, values};
 
 /// Rows of a band are a multiple of this, so that full vectors are filled.
 const BAND_ROWS: usize = 16;
@@ -30,7 +30,13 @@ impl<'a> Matrix<'a> {
         Self { row: self.column, column: self.row, ..self }
     }
 
-    fn holds(&self, rows: usize, columns: usize) -> bool {
+    /// The same matrix from row `first` on.
+    pub(super) fn below(self, first: usize) -> Self {
+        Self { values: &self.values[first * self.row..], ..self }
+    }
+
+    /// Returns whether a matrix of this size lies inside the slice.
+    pub(super) fn holds(&self, rows: usize, columns: usize) -> bool {
         rows == 0 || columns == 0 || (rows - 1) * self.row + (columns - 1) * self.column < self.values.len()
     }
 }
@@ -49,27 +55,47 @@ pub(super) fn matmul(
     }
     assert!(a.holds(m, k) && b.holds(k, n) && (m - 1) * out_row + n <= out.len(), "matrix outside its array");
     if !is_parallel || m * n * k < PARALLEL_PRODUCTS {
-        return product([m, k, n], a, b, (out, out_row), accumulates);
+        // SAFETY: just checked.
+        return unsafe { product([m, k, n], a, b, (out.as_mut_ptr(), out_row), accumulates) };
     }
     // Bands of rows: an element is summed in the same order, however many bands there are.
     let rows = m.div_ceil(rayon::current_num_threads()).next_multiple_of(BAND_ROWS);
     out.par_chunks_mut(rows * out_row).enumerate().for_each(|(i, out)| {
         let first = i * rows;
         let a = Matrix { values: &a.values[first * a.row..], ..a };
-        product([rows.min(m - first), k, n], a, b, (out, out_row), accumulates);
+        // SAFETY: bands of rows of matrices inside their slices lie there too.
+        unsafe { product([rows.min(m - first), k, n], a, b, (out.as_mut_ptr(), out_row), accumulates) };
     });
 }
 
 /// [`matmul`] on one thread.
-fn product([m, k, n]: [usize; 3], a: Matrix, b: Matrix, (out, out_row): (&mut [f32], usize), accumulates: bool) {
-    // SAFETY: `matmul` checked that the matrices lie inside their slices, and bands of rows of them still do; `out` is
-    // borrowed mutably.
+///
+/// # Safety
+/// The matrices lie inside their slices, and no other thread touches the rows of `out`.
+pub(super) unsafe fn product(
+    [m, k, n]: [usize; 3],
+    a: Matrix,
+    b: Matrix,
+    (out, out_row): (*mut f32, usize),
+    accumulates: bool,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        if !accumulates {
+            // SAFETY: the caller's promise.
+            (0..m).for_each(|row| unsafe { out.add(row * out_row).write_bytes(0, n) });
+        }
+        return;
+    }
+    // SAFETY: the caller's promise.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.as_mut_ptr(),
+            out,
             1,
             out_row as isize,
             accumulates,
@@ -104,20 +130,71 @@ kernel! {
 #[derive(Clone, Debug)]
 pub(crate) struct Linear<const N: usize>;
 
+/// Rows up to which a product reads the weight once, row by row, instead of packing it for reuse.
+const FEW_ROWS: usize = 8;
+
+kernel! {
+    /// out[r] = x[r] . weight for rows of x.
+    pub(super) fn dot_rows(x: &[f32], weight: &[f32], out: &mut [f32]) {
+        for (x, out) in x.chunks_exact(weight.len()).zip(out.iter_mut()) {
+            *out = sum(weight.len(), |i| x[i] * weight[i]);
+        }
+    }
+}
+
+kernel! {
+    /// out += the rows of `weight` [factors, n] from column `first`, each times its factor.
+    pub(super) fn add_rows(factors: &[f32], weight: &[f32], n: usize, first: usize, out: &mut [f32]) {
+        for (&factor, weight) in factors.iter().zip(weight.chunks_exact(n)) {
+            for (out, &weight) in out.iter_mut().zip(&weight[first..]) {
+                *out = weight.mul_add(factor, *out);
+            }
+        }
+    }
+}
+
+/// x W^T + b for few rows.
+fn forward_few(x: &[f32], weight: &[f32], bias: Option<&[f32]>, [rows, inputs, outputs]: [usize; 3]) -> Vec<f32> {
+    // Transposed [outputs, rows]: a chunk of outputs is one thread's work.
+    let mut turned = unwritten(outputs * rows);
+    let chunk = outputs.div_ceil(16).max(1);
+    let one = |i: usize, out: &mut [f32]| {
+        for (o, out) in out.chunks_exact_mut(rows).enumerate() {
+            dot_rows(x, &weight[(i * chunk + o) * inputs..][..inputs], out);
+        }
+    };
+    if weight.len() < PARALLEL_ELEMENTS {
+        turned.chunks_mut(chunk * rows).enumerate().for_each(|(i, out)| one(i, out));
+    } else {
+        turned.par_chunks_mut(chunk * rows).enumerate().for_each(|(i, out)| one(i, out));
+    }
+    let mut out = unwritten(rows * outputs);
+    for (r, out) in out.chunks_exact_mut(outputs).enumerate() {
+        for (o, out) in out.iter_mut().enumerate() {
+            *out = turned[o * rows + r] + bias.map_or(0.0, |bias| bias[o]);
+        }
+    }
+    out
+}
+
 pub(super) fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
     let [outputs, inputs] = [dims(weight)[0], dims(weight)[1]];
     let x_values = values(x);
     let rows = x_values.len() / inputs;
-    let mut out = match bias {
-        Some(bias) => values(bias).repeat(rows),
-        None => vec![0.0; rows * outputs],
-    };
-    let (a, b) = (Matrix::rows(x_values, inputs), Matrix::rows(values(weight), inputs).transposed());
-    matmul([rows, inputs, outputs], a, b, (&mut out, outputs), bias.is_some(), true);
     let mut shape = dims(x).to_vec();
     if let Some(last) = shape.last_mut() {
         *last = outputs;
     }
+    if rows > 0 && rows <= FEW_ROWS && inputs > 0 {
+        let out = forward_few(x_values, values(weight), bias.map(values), [rows, inputs, outputs]);
+        return array(out, &shape);
+    }
+    let mut out = match bias {
+        Some(bias) => values(bias).repeat(rows),
+        None => unwritten(rows * outputs),
+    };
+    let (a, b) = (Matrix::rows(x_values, inputs), Matrix::rows(values(weight), inputs).transposed());
+    matmul([rows, inputs, outputs], a, b, (&mut out, outputs), bias.is_some(), true);
     array(out, &shape)
 }
 
@@ -132,13 +209,26 @@ pub(super) fn backward(
     let (x_values, grad) = (values(x), Matrix::rows(values(grad), outputs));
     let rows = x_values.len() / inputs;
     let d_x = needs[0].then(|| {
-        let mut out = vec![0.0; x_values.len()];
+        if rows <= FEW_ROWS {
+            // Columns are cut into chunks, so that each thread reads its own part of every row of the weight.
+            let (mut out, chunk) = (vec![0.0; x_values.len()], inputs.div_ceil(8).next_multiple_of(64));
+            for (out, grad) in out.chunks_exact_mut(inputs).zip(grad.values.chunks_exact(outputs)) {
+                let one = |(i, out): (usize, &mut [f32])| add_rows(grad, values(weight), inputs, i * chunk, out);
+                if outputs * inputs < PARALLEL_ELEMENTS {
+                    out.chunks_mut(chunk).enumerate().for_each(one);
+                } else {
+                    out.par_chunks_mut(chunk).enumerate().for_each(one);
+                }
+            }
+            return array(out, dims(x));
+        }
+        let mut out = unwritten(x_values.len());
         let weight = Matrix::rows(values(weight), inputs);
         matmul([rows, outputs, inputs], grad, weight, (&mut out, inputs), false, true);
         array(out, dims(x))
     });
     let d_weight = needs[1].then(|| {
-        let mut out = vec![0.0; outputs * inputs];
+        let mut out = unwritten(outputs * inputs);
         let x = Matrix::rows(x_values, inputs);
         matmul([outputs, rows, inputs], grad.transposed(), x, (&mut out, inputs), false, true);
         array(out, dims(weight))

@@ -4,12 +4,18 @@
 //! Knows no module. `fused` decides when these run; a device other than Burn's `flex`, or a type other than f32, never
 //! gets here. Reductions have a fixed order, so results do not depend on the number of threads.
 
+mod adamw;
 mod attention;
 mod conv;
+mod cross_entropy;
+#[cfg(target_arch = "x86_64")]
+mod direct;
 mod linear;
 mod norms;
 mod pointwise;
+mod rotary;
 mod simd;
+mod softmax;
 mod stored;
 
 use std::fmt::Debug;
@@ -25,11 +31,15 @@ use rayon::prelude::*;
 
 use crate::{Device, Tensor};
 
+pub(crate) use adamw::{adamw, sum_of_squares};
 pub(crate) use attention::{Attention, Mask};
 pub(crate) use conv::{Conv, Upsample};
+pub(crate) use cross_entropy::CrossEntropy;
 pub(crate) use linear::Linear;
 pub(crate) use norms::{GroupNorm, LayerNorm, RmsNorm};
-pub(crate) use pointwise::{Activation, GatedResidual};
+pub(crate) use pointwise::{Activation, GatedResidual, GatedSilu};
+pub(crate) use rotary::Rotary;
+pub(crate) use softmax::Softmax;
 pub(crate) use stored::StoredLinear;
 
 type Tape = Autodiff<Flex, NoCheckpointing>;
@@ -47,6 +57,11 @@ pub(crate) trait HostOp<const N: usize>: Clone + Debug + Send + Sync + 'static {
 
     /// Computes the output.
     fn forward(&self, inputs: &[FlexTensor; N]) -> (FlexTensor, Self::Saved);
+
+    /// Computes the output alone: no backward will follow.
+    fn infer(&self, inputs: &[FlexTensor; N]) -> FlexTensor {
+        self.forward(inputs).0
+    }
 
     /// Computes the gradients of the inputs that need one.
     fn backward(
@@ -137,7 +152,7 @@ pub(crate) fn apply<O: HostOp<N>, const N: usize, const D: usize>(op: O, inputs:
             Input::Plain(tensor) => prepare(tensor),
             Input::Taped(tensor) => prepare(tensor.into_primitive()),
         });
-        return Tensor::from_primitive::<Flex>(op.forward(&inputs).0);
+        return Tensor::from_primitive::<Flex>(op.infer(&inputs));
     }
     let inputs = inputs.map(|input| match input {
         Input::Plain(tensor) => TapeTensor::new(tensor),
@@ -152,6 +167,11 @@ pub(crate) fn apply<O: HostOp<N>, const N: usize, const D: usize>(op: O, inputs:
         OpsKind::UnTracked(prep) => prep.finish(output),
     };
     Tensor::from_primitive::<Tape>(output)
+}
+
+/// Takes a tensor off the tape, as a contiguous array.
+pub(crate) fn host<const D: usize>(tensor: Tensor<D>) -> FlexTensor {
+    dense(tensor.without_autodiff().try_into_primitive::<Flex>().expect("`takes` was asked before"))
 }
 
 fn dense(tensor: FlexTensor) -> FlexTensor {
@@ -171,6 +191,21 @@ fn array(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
     FlexTensor::new(Bytes::from_elems(values), Layout::contiguous(shape.to_vec().into()), DType::F32)
 }
 
+/// A vector for an operation that writes every element before any is read: clearing it first would cost a pass.
+fn unwritten(len: usize) -> Vec<f32> {
+    if cfg!(debug_assertions) {
+        // Shows up in the tests if an operation breaks the rule.
+        return vec![f32::NAN; len];
+    }
+    let mut values = Vec::with_capacity(len);
+    // SAFETY: the capacity is there, every bit pattern is an f32, and the callers write each element before it is read.
+    #[allow(clippy::uninit_vec)]
+    unsafe {
+        values.set_len(len);
+    }
+    values
+}
+
 /// An array whose axes are stored in another order: `strides` are in elements.
 fn strided_array(values: Vec<f32>, shape: &[usize], strides: &[usize]) -> FlexTensor {
     let strides = strides.iter().map(|&stride| stride as isize).collect();
@@ -183,6 +218,15 @@ fn for_chunks(out: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) + Syn
         out.chunks_mut(chunk).enumerate().for_each(|(i, chunk)| f(i, chunk));
     } else {
         out.par_chunks_mut(chunk).enumerate().for_each(|(i, chunk)| f(i, chunk));
+    }
+}
+
+/// Like [`for_chunks`], and returns the results in order.
+fn map_chunks<T: Send>(out: &mut [f32], chunk: usize, f: impl Fn(usize, &mut [f32]) -> T + Sync + Send) -> Vec<T> {
+    if out.len() < PARALLEL_ELEMENTS || out.len() <= chunk {
+        out.chunks_mut(chunk).enumerate().map(|(i, chunk)| f(i, chunk)).collect()
+    } else {
+        out.par_chunks_mut(chunk).enumerate().map(|(i, chunk)| f(i, chunk)).collect()
     }
 }
 

@@ -3,7 +3,7 @@
 use burn::backend::flex::FlexTensor;
 
 use super::simd::{kernel, sigmoid, sum};
-use super::{HostOp, add_up, array, dims, for_chunks, map_range, values};
+use super::{HostOp, add_up, array, dims, for_chunks, map_chunks, unwritten, values};
 
 /// Pieces that rows are cut into when a gradient is summed over all of them; fixed, so that the order of the sum is.
 const NUM_PIECES: usize = 8;
@@ -62,16 +62,14 @@ pub(crate) struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Returns the number of pieces, the rows of each, and whether each has a scale of its own.
-    fn pieces(x: &FlexTensor, scale: &FlexTensor) -> (usize, usize, bool) {
+    /// Returns the rows of a piece, and whether each has a scale of its own.
+    fn pieces(x: &FlexTensor, scale: &FlexTensor) -> (usize, bool) {
         let d = dims(x)[dims(x).len() - 1];
         let rows = values(x).len() / d;
         if dims(scale).len() == 2 {
-            let b = dims(scale)[0];
-            return (b, rows / b, true);
+            return (rows / dims(scale)[0], true);
         }
-        let per_piece = rows.div_ceil(NUM_PIECES);
-        (rows.div_ceil(per_piece), per_piece, false)
+        (rows.div_ceil(NUM_PIECES).max(1), false)
     }
 }
 
@@ -80,9 +78,9 @@ impl HostOp<3> for LayerNorm {
 
     fn forward(&self, [x, scale, shift]: &[FlexTensor; 3]) -> (FlexTensor, ()) {
         let d = dims(x)[dims(x).len() - 1];
-        let (_, rows, is_own) = Self::pieces(x, scale);
+        let (rows, is_own) = Self::pieces(x, scale);
         let (input, scale, shift) = (values(x), values(scale), values(shift));
-        let mut out = vec![0.0; input.len()];
+        let mut out = unwritten(input.len());
         for_chunks(&mut out, rows * d, |i, out| {
             let own = if is_own { i * d..(i + 1) * d } else { 0..d };
             let input = &input[i * rows * d..][..out.len()];
@@ -99,31 +97,26 @@ impl HostOp<3> for LayerNorm {
         _: [bool; 3],
     ) -> [Option<FlexTensor>; 3] {
         let d = dims(x)[dims(x).len() - 1];
-        let (count, rows, is_own) = Self::pieces(x, scale);
+        let (rows, is_own) = Self::pieces(x, scale);
         let (input, scale_values, grad) = (values(x), values(scale), values(grad));
-        let pieces = map_range(count, input.len(), |i| {
-            let range = i * rows * d..((i + 1) * rows * d).min(input.len());
+        let mut d_x = unwritten(input.len());
+        let pieces = map_chunks(&mut d_x, rows * d, |i, d_x| {
+            let range = i * rows * d..i * rows * d + d_x.len();
             let own = if is_own { i * d..(i + 1) * d } else { 0..d };
-            let (mut d_x, mut d_scale, mut d_shift) = (vec![0.0; range.len()], vec![0.0; d], vec![0.0; d]);
+            let (mut d_scale, mut d_shift) = (vec![0.0; d], vec![0.0; d]);
             layer_rows_backward(
                 &input[range.clone()],
                 &scale_values[own],
                 self.offset,
                 self.eps,
                 &grad[range],
-                &mut d_x,
+                d_x,
                 &mut d_scale,
                 &mut d_shift,
             );
-            (d_x, d_scale, d_shift)
+            (d_scale, d_shift)
         });
-        let mut d_x = Vec::with_capacity(input.len());
-        let (mut d_scale, mut d_shift) = (Vec::new(), Vec::new());
-        for (x, scale, shift) in pieces {
-            d_x.extend_from_slice(&x);
-            d_scale.push(scale);
-            d_shift.push(shift);
-        }
+        let (d_scale, d_shift): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
         let gather = |parts: Vec<Vec<f32>>| if is_own { parts.concat() } else { add_up(parts, d) };
         [
             Some(array(d_x, dims(x))),
@@ -185,7 +178,7 @@ impl HostOp<2> for RmsNorm {
     fn forward(&self, [x, weight]: &[FlexTensor; 2]) -> (FlexTensor, ()) {
         let (input, weight) = (values(x), values(weight));
         let piece = Self::piece(x, weight.len());
-        let mut out = vec![0.0; input.len()];
+        let mut out = unwritten(input.len());
         for_chunks(&mut out, piece, |i, out| rms_rows(&input[i * piece..][..out.len()], weight, self.eps, out));
         (array(out, dims(x)), ())
     }
@@ -200,15 +193,14 @@ impl HostOp<2> for RmsNorm {
         let (input, weight_values, grad) = (values(x), values(weight), values(grad));
         let d = weight_values.len();
         let piece = Self::piece(x, d);
-        let pieces = map_range(input.len().div_ceil(piece), input.len(), |i| {
-            let range = i * piece..((i + 1) * piece).min(input.len());
-            let (mut d_x, mut d_weight) = (vec![0.0; range.len()], vec![0.0; d]);
-            let grad = &grad[range.clone()];
-            rms_rows_backward(&input[range], weight_values, self.eps, grad, &mut d_x, &mut d_weight);
-            (d_x, d_weight)
+        let mut d_x = unwritten(input.len());
+        let d_weight = map_chunks(&mut d_x, piece, |i, d_x| {
+            let range = i * piece..i * piece + d_x.len();
+            let mut d_weight = vec![0.0; d];
+            rms_rows_backward(&input[range.clone()], weight_values, self.eps, &grad[range], d_x, &mut d_weight);
+            d_weight
         });
-        let (d_x, d_weight): (Vec<_>, Vec<_>) = pieces.into_iter().unzip();
-        [Some(array(d_x.concat(), dims(x))), Some(array(add_up(d_weight, d), dims(weight)))]
+        [Some(array(d_x, dims(x))), Some(array(add_up(d_weight, d), dims(weight)))]
     }
 }
 
@@ -290,7 +282,7 @@ impl HostOp<3> for GroupNorm {
     fn forward(&self, [x, weight, bias]: &[FlexTensor; 3]) -> (FlexTensor, ()) {
         let (input, weight, bias) = (values(x), values(weight), values(bias));
         let (channels, size) = (weight.len() / self.groups, input.len() / (dims(x)[0] * self.groups));
-        let mut out = vec![0.0; input.len()];
+        let mut out = unwritten(input.len());
         for_chunks(&mut out, size, |i, out| {
             let own = i % self.groups * channels..(i % self.groups + 1) * channels;
             let input = &input[i * size..(i + 1) * size];
@@ -311,8 +303,9 @@ impl HostOp<3> for GroupNorm {
         let c = weight_values.len();
         let (channels, sample) = (c / self.groups, input.len() / dims(x)[0]);
         let size = sample / self.groups;
-        let samples = map_range(dims(x)[0], input.len(), |b| {
-            let (mut d_x, mut d_weight, mut d_bias) = (vec![0.0; sample], vec![0.0; c], vec![0.0; c]);
+        let mut d_x = unwritten(input.len());
+        let samples = map_chunks(&mut d_x, sample, |b, d_x| {
+            let (mut d_weight, mut d_bias) = (vec![0.0; c], vec![0.0; c]);
             for g in 0..self.groups {
                 let (own, part) = (g * channels..(g + 1) * channels, g * size..(g + 1) * size);
                 let range = b * sample + g * size..b * sample + (g + 1) * size;
@@ -328,15 +321,9 @@ impl HostOp<3> for GroupNorm {
                     &mut d_bias[own],
                 );
             }
-            (d_x, d_weight, d_bias)
+            (d_weight, d_bias)
         });
-        let mut d_x = Vec::with_capacity(input.len());
-        let (mut d_weight, mut d_bias) = (Vec::new(), Vec::new());
-        for (x, weight, bias) in samples {
-            d_x.extend_from_slice(&x);
-            d_weight.push(weight);
-            d_bias.push(bias);
-        }
+        let (d_weight, d_bias): (Vec<_>, Vec<_>) = samples.into_iter().unzip();
         [
             Some(array(d_x, dims(x))),
             Some(array(add_up(d_weight, c), dims(weight))),

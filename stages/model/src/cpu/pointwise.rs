@@ -1,9 +1,10 @@
 //! Activations, and the gated residual of the DiT's blocks.
 
 use burn::backend::flex::FlexTensor;
+use rayon::prelude::*;
 
 use super::simd::{exp, kernel, sigmoid};
-use super::{HostOp, array, dims, for_chunks, values};
+use super::{HostOp, array, dims, for_chunks, unwritten, values};
 
 /// Elements of a chunk of work.
 const CHUNK: usize = 1 << 13;
@@ -62,7 +63,7 @@ impl HostOp<1> for Activation {
 
     fn forward(&self, [x]: &[FlexTensor; 1]) -> (FlexTensor, ()) {
         let input = values(x);
-        let mut out = vec![0.0; input.len()];
+        let mut out = unwritten(input.len());
         for_chunks(&mut out, CHUNK, |i, out| {
             let input = &input[i * CHUNK..][..out.len()];
             match self {
@@ -75,7 +76,7 @@ impl HostOp<1> for Activation {
 
     fn backward(&self, [x]: &[FlexTensor; 1], _: &(), grad: &FlexTensor, _: [bool; 1]) -> [Option<FlexTensor>; 1] {
         let (input, grad) = (values(x), values(grad));
-        let mut out = vec![0.0; input.len()];
+        let mut out = unwritten(input.len());
         for_chunks(&mut out, CHUNK, |i, out| {
             let range = i * CHUNK..i * CHUNK + out.len();
             match self {
@@ -84,6 +85,61 @@ impl HostOp<1> for Activation {
             }
         });
         [Some(array(out, dims(x)))]
+    }
+}
+
+kernel! {
+    pub(super) fn gated_silu_forward(gate: &[f32], y: &[f32], out: &mut [f32]) {
+        for ((out, &gate), &y) in out.iter_mut().zip(gate).zip(y) {
+            *out = gate * sigmoid(gate) * y;
+        }
+    }
+}
+
+kernel! {
+    pub(super) fn gated_silu_backward(gate: &[f32], y: &[f32], grad: &[f32], d_gate: &mut [f32], d_y: &mut [f32]) {
+        let n = gate.len();
+        let (y, grad, d_gate, d_y) = (&y[..n], &grad[..n], &mut d_gate[..n], &mut d_y[..n]);
+        for i in 0..n {
+            let s = sigmoid(gate[i]);
+            d_y[i] = grad[i] * gate[i] * s;
+            d_gate[i] = grad[i] * y[i] * s * (1.0 + gate[i] * (1.0 - s));
+        }
+    }
+}
+
+/// silu(gate) * y.
+#[derive(Clone, Debug)]
+pub(crate) struct GatedSilu;
+
+impl HostOp<2> for GatedSilu {
+    type Saved = ();
+
+    fn forward(&self, [gate, y]: &[FlexTensor; 2]) -> (FlexTensor, ()) {
+        let (gates, y) = (values(gate), values(y));
+        let mut out = unwritten(gates.len());
+        for_chunks(&mut out, CHUNK, |i, out| {
+            let range = i * CHUNK..i * CHUNK + out.len();
+            gated_silu_forward(&gates[range.clone()], &y[range], out);
+        });
+        (array(out, dims(gate)), ())
+    }
+
+    fn backward(
+        &self,
+        [gate, y]: &[FlexTensor; 2],
+        _: &(),
+        grad: &FlexTensor,
+        _: [bool; 2],
+    ) -> [Option<FlexTensor>; 2] {
+        let (gates, y_values, grad) = (values(gate), values(y), values(grad));
+        let (mut d_gate, mut d_y) = (unwritten(gates.len()), unwritten(gates.len()));
+        let pairs = d_gate.par_chunks_mut(CHUNK).zip(d_y.par_chunks_mut(CHUNK)).enumerate();
+        pairs.for_each(|(i, (d_gate, d_y))| {
+            let range = i * CHUNK..i * CHUNK + d_gate.len();
+            gated_silu_backward(&gates[range.clone()], &y_values[range.clone()], &grad[range], d_gate, d_y);
+        });
+        [Some(array(d_gate, dims(gate))), Some(array(d_y, dims(y)))]
     }
 }
 
@@ -131,7 +187,7 @@ impl HostOp<3> for GatedResidual {
         let d = dims(gate)[1];
         let (x_values, gate, y) = (values(x), values(gate), values(y));
         let sample = dims(x)[1] * d;
-        let mut out = vec![0.0; x_values.len()];
+        let mut out = unwritten(x_values.len());
         for_chunks(&mut out, sample, |b, out| {
             let range = b * sample..(b + 1) * sample;
             gated_forward(&x_values[range.clone()], &gate[b * d..(b + 1) * d], &y[range], out);
@@ -158,7 +214,7 @@ impl HostOp<3> for GatedResidual {
             array(out, &[b, d])
         });
         let d_y = needs[2].then(|| {
-            let mut out = vec![0.0; y_values.len()];
+            let mut out = unwritten(y_values.len());
             for_chunks(&mut out, sample, |i, out| {
                 scale_rows(&gate_values[i * d..(i + 1) * d], &grad_values[i * sample..(i + 1) * sample], out);
             });

@@ -1,0 +1,102 @@
+//! Softmax over the last axis.
+
+use burn::backend::flex::FlexTensor;
+
+use super::simd::{LANES, exp, kernel, max, sum};
+use super::{HostOp, array, dims, for_chunks, unwritten, values};
+
+/// Elements of a chunk of work, about.
+const CHUNK: usize = 1 << 13;
+/// Lanes of the sum: four vectors.
+const WIDE: usize = 4 * LANES;
+
+kernel! {
+    /// Softmax of scale * scores, in place.
+    pub(super) fn softmax_row(scores: &mut [f32], scale: f32) {
+        let top = max(scores) * scale;
+        let mut lanes = [0.0f32; WIDE];
+        let (chunks, rest) = scores.as_chunks_mut::<WIDE>();
+        for chunk in chunks {
+            for (score, lane) in chunk.iter_mut().zip(&mut lanes) {
+                *score = exp(score.mul_add(scale, -top));
+                *lane += *score;
+            }
+        }
+        let mut total = sum(WIDE, |i| lanes[i]);
+        for score in rest {
+            *score = exp(score.mul_add(scale, -top));
+            total += *score;
+        }
+        let inverse = 1.0 / total;
+        for score in scores.iter_mut() {
+            *score *= inverse;
+        }
+    }
+}
+
+kernel! {
+    /// Gradient of the scores from the gradient of the weights, in place.
+    pub(super) fn softmax_row_backward(weights: &[f32], grad: &mut [f32], scale: f32) {
+        let mean = sum(weights.len(), |i| weights[i] * grad[i]);
+        for (grad, &weight) in grad.iter_mut().zip(weights) {
+            *grad = weight * (*grad - mean) * scale;
+        }
+    }
+}
+
+kernel! {
+    /// Like [`softmax_row_backward`] with scale 1, into another array.
+    pub(super) fn row_backward(weights: &[f32], grad: &[f32], out: &mut [f32]) {
+        let n = weights.len();
+        let (grad, out) = (&grad[..n], &mut out[..n]);
+        let mean = sum(n, |i| weights[i] * grad[i]);
+        for i in 0..n {
+            out[i] = weights[i] * (grad[i] - mean);
+        }
+    }
+}
+
+/// Softmax of x [.., n] over the last axis.
+#[derive(Clone, Debug)]
+pub(crate) struct Softmax;
+
+/// Returns the length of a row, and of a chunk of whole rows.
+fn chunk(x: &FlexTensor) -> (usize, usize) {
+    let n = dims(x).last().copied().unwrap_or(1).max(1);
+    (n, CHUNK.div_ceil(n) * n)
+}
+
+impl HostOp<1> for Softmax {
+    /// The output.
+    type Saved = FlexTensor;
+
+    fn forward(&self, [x]: &[FlexTensor; 1]) -> (FlexTensor, FlexTensor) {
+        let input = values(x);
+        let (n, chunk) = chunk(x);
+        let mut out = unwritten(input.len());
+        for_chunks(&mut out, chunk, |i, out| {
+            out.copy_from_slice(&input[i * chunk..][..out.len()]);
+            out.chunks_exact_mut(n).for_each(|row| softmax_row(row, 1.0));
+        });
+        let out = array(out, dims(x));
+        (out.clone(), out)
+    }
+
+    fn backward(
+        &self,
+        _: &[FlexTensor; 1],
+        y: &FlexTensor,
+        grad: &FlexTensor,
+        _: [bool; 1],
+    ) -> [Option<FlexTensor>; 1] {
+        let (weights, grad) = (values(y), values(grad));
+        let (n, chunk) = chunk(y);
+        let mut out = unwritten(weights.len());
+        for_chunks(&mut out, chunk, |i, out| {
+            let range = i * chunk..i * chunk + out.len();
+            let rows = weights[range.clone()].chunks_exact(n).zip(grad[range].chunks_exact(n));
+            rows.zip(out.chunks_exact_mut(n)).for_each(|((weights, grad), out)| row_backward(weights, grad, out));
+        });
+        [Some(array(out, dims(y)))]
+    }
+}
