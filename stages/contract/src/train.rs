@@ -165,6 +165,9 @@ pub struct LoopSettings {
     /// A moving average of what trains, kept beside it; none in the release. `handoff` says which of the two goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ema: Option<EmaSettings>,
+    /// Keep a block's inputs only and run it again on the way back: less memory for a third more time.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub activation_checkpointing: bool,
 }
 
 /// An exponential moving average of the weights (docs/spec/rl.md section 9).

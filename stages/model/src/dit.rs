@@ -159,7 +159,7 @@ impl Dit {
         let mut c_btd = self.context_embedder.forward(condition.text_btc.clone());
         tap(|| "dit.context".into(), &c_btd);
         for (i, block) in self.transformer_blocks.iter().enumerate() {
-            (x_bnd, c_btd) = block.forward(x_bnd, c_btd, activated_bd.clone(), masks);
+            (x_bnd, c_btd) = block.forward_checkpointed(x_bnd, c_btd, activated_bd.clone(), masks);
             tap(|| format!("dit.block.{i}.hidden"), &x_bnd);
             tap(|| format!("dit.block.{i}.context"), &c_btd);
         }

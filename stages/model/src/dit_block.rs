@@ -8,6 +8,7 @@ use burn::module::Module;
 use deepgen_contract::model::DitConfig;
 
 use crate::attention::attention;
+use crate::checkpointing;
 use crate::fused;
 use crate::init::Init;
 use crate::nn::{Linear, RmsNorm, gelu_tanh};
@@ -249,6 +250,33 @@ impl JointBlock {
         };
         let c_in = fused::adaptive_norm(c.clone(), c_scale_mlp, c_shift_mlp, EPS);
         (x, fused::gated_residual(c, c_gate_mlp, ff_context.forward(c_in)))
+    }
+
+    /// [`JointBlock::forward`], kept on the tape by its inputs alone where activation checkpointing is on.
+    ///
+    /// # Shapes
+    /// As [`JointBlock::forward`].
+    pub fn forward_checkpointed(
+        &self,
+        x_bnd: Tensor<3>,
+        c_btd: Tensor<3>,
+        activated_bd: Tensor<2>,
+        masks: Option<&Masks>,
+    ) -> (Tensor<3>, Tensor<3>) {
+        if !checkpointing::is_on() {
+            return self.forward(x_bnd, c_btd, activated_bd, masks);
+        }
+        let (image, text, condition) = (x_bnd.dims(), c_btd.dims(), activated_bd.dims());
+        let [num_image, num_text] = [image, text].map(|shape| shape.iter().product::<usize>());
+        let num_condition = condition.iter().product::<usize>();
+        let inputs = [x_bnd.reshape([num_image]), c_btd.reshape([num_text]), activated_bd.reshape([num_condition])];
+        let masks = masks.cloned();
+        let both = checkpointing::run_block(self, inputs, move |block, [x, c, activated]| {
+            let (x, c) = block.forward(x.reshape(image), c.reshape(text), activated.reshape(condition), masks.as_ref());
+            Tensor::cat(vec![x.reshape([num_image]), c.reshape([num_text])], 0)
+        });
+        let x = both.clone().narrow(0, 0, num_image).reshape(image);
+        (x, both.narrow(0, num_image, num_text).reshape(text))
     }
 
     /// Returns shift, scale, gate of attention and of the feed-forward, and those of the second attention.

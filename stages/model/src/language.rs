@@ -4,13 +4,17 @@
 //! Layers that no chosen entry needs are not run. The attention output at padded queries is zero, as under flash
 //! attention. Knows nothing of images or prompts. Legend: b batch, l positions, h heads, d channels of a head.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::TensorData;
 use deepgen_contract::model::LanguageConfig;
 
 use crate::attention::attention;
+use crate::checkpointing;
+use crate::fused;
 use crate::init::{Fill, Init};
-use crate::nn::{Embedding, Linear, RmsNorm, product, silu};
+use crate::nn::{Embedding, Linear, RmsNorm, product};
 use crate::rope::{PositionIds, Rotary};
 use crate::{BoolTensor, Device, Tensor};
 
@@ -135,7 +139,7 @@ impl SelfAttention {
 
 impl GatedMlp {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.down_proj.forward(silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x))
+        self.down_proj.forward(fused::gated_silu(self.gate_proj.forward(x.clone()), self.up_proj.forward(x)))
     }
 }
 
@@ -163,6 +167,18 @@ impl DecoderLayer {
             input_layernorm: norm("input_layernorm"),
             post_attention_layernorm: norm("post_attention_layernorm"),
         }
+    }
+
+    /// [`DecoderLayer::forward`], kept on the tape by its input alone where activation checkpointing is on.
+    fn forward_checkpointed(&self, x: Tensor<3>, context: &Arc<Context>) -> Tensor<3> {
+        if !checkpointing::is_on() {
+            return self.forward(x, context, None);
+        }
+        let (shape, context) = (x.dims(), context.clone());
+        let count = shape.iter().product::<usize>();
+        let run =
+            move |layer: &Self, [x]: [Tensor<1>; 1]| layer.forward(x.reshape(shape), &context, None).reshape([count]);
+        checkpointing::run_block(self, [x.reshape([count])], run).reshape(shape)
     }
 
     fn forward(&self, x: Tensor<3>, context: &Context, past: Option<&mut KeysValues>) -> Tensor<3> {
@@ -203,7 +219,7 @@ impl LanguageModel {
     ) -> Vec<Tensor<3>> {
         let last = entries.iter().copied().max().unwrap_or(0);
         assert!(last <= self.layers.len(), "hidden state {last} of a decoder of {} layers", self.layers.len());
-        let context = Context::new(positions, is_real, &self.config, &embeds_bld.device());
+        let context = Arc::new(Context::new(positions, is_real, &self.config, &embeds_bld.device()));
         let mut states: Vec<Option<Tensor<3>>> = vec![None; entries.len()];
         let mut keep = |entry: usize, state: &Tensor<3>| {
             for (slot, _) in states.iter_mut().zip(entries).filter(|&(_, &wanted)| wanted == entry) {
@@ -213,7 +229,7 @@ impl LanguageModel {
         let mut x = embeds_bld;
         keep(0, &x);
         for (i, layer) in self.layers.iter().take(last).enumerate() {
-            x = layer.forward(x, &context, None);
+            x = layer.forward_checkpointed(x, &context);
             if i + 1 == self.layers.len() {
                 x = self.norm.forward(x);
             }

@@ -5,6 +5,7 @@
 
 pub mod attention;
 pub mod bridge;
+pub mod checkpointing;
 pub mod clip;
 pub mod conditioner;
 #[cfg(feature = "flex")]

@@ -76,15 +76,24 @@ thread_local! {
 ///
 /// Outside of it every dropout is the identity, which is what inference and a frozen model want.
 pub fn with_dropout<R>(seed: u64, forward: impl FnOnce() -> R) -> R {
-    /// Switches dropout off again even when `forward` panics.
-    struct Off;
-    impl Drop for Off {
+    with_dropout_stream(Some(Stream::new(seed, "dropout")), forward)
+}
+
+/// Returns where dropout stands, for [`with_dropout_stream`]; `None` when it is off.
+pub(crate) fn dropout_stream() -> Option<Stream> {
+    DROPOUT.with(|stream| stream.borrow().clone())
+}
+
+/// Runs `forward` with dropout off or at a place of its stream, and puts it back to where it stood before.
+pub(crate) fn with_dropout_stream<R>(stream: Option<Stream>, forward: impl FnOnce() -> R) -> R {
+    /// Restores even when `forward` panics.
+    struct Restore(Option<Stream>);
+    impl Drop for Restore {
         fn drop(&mut self) {
-            DROPOUT.with(|stream| *stream.borrow_mut() = None);
+            DROPOUT.with(|stream| *stream.borrow_mut() = self.0.take());
         }
     }
-    DROPOUT.with(|stream| *stream.borrow_mut() = Some(Stream::new(seed, "dropout")));
-    let _off = Off;
+    let _restore = Restore(DROPOUT.with(|current| current.replace(stream)));
     forward()
 }
 

@@ -13,9 +13,10 @@ use burn::tensor::TensorData;
 use deepgen_contract::model::VisionConfig;
 
 use crate::attention::attention;
+use crate::fused;
 use crate::init::{Fill, Init};
 use crate::language::INIT_STD;
-use crate::nn::{Linear, RmsNorm, gelu_erf, product, silu};
+use crate::nn::{Linear, RmsNorm, gelu_erf, product};
 use crate::probe::tap;
 use crate::rope::{Grid, Rotary};
 use crate::{Device, IntTensor, Tensor};

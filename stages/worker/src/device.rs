@@ -28,6 +28,15 @@ pub fn open(name: &str) -> JobResult<Device> {
     }
 }
 
+/// Returns a device that records for the backward, with less memory and more time if asked.
+///
+/// On the CPU the model's blocks are run again as a whole; other devices have Burn's recomputation of single operations.
+pub fn for_training(device: &Device, activation_checkpointing: bool) -> Device {
+    let device = device.clone();
+    let is_cpu = device == Device::flex();
+    if activation_checkpointing && !is_cpu { device.autodiff().gradient_checkpointing() } else { device.autodiff() }
+}
+
 #[cfg(feature = "wgpu")]
 fn open_wgpu(index: usize) -> JobResult<Device> {
     use burn::tensor::DeviceKind;

@@ -17,6 +17,7 @@ use deepgen_data::prompt::encode_text_to_image;
 use deepgen_data::sample::{SetKind, Task};
 use deepgen_data::stream::{ItemRef, Shard};
 use deepgen_data::tokenizer::Tokenizer;
+use deepgen_model::checkpointing::with_activation_checkpointing;
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::flow::TrainingTable;
 use deepgen_model::random::Stream;
@@ -26,6 +27,7 @@ use deepgen_model::{Device, Tensor, trainable};
 
 use crate::advantage::RewardTable;
 use crate::checkpoint::NamedTensors;
+use crate::device;
 use crate::emit::Metrics;
 use crate::error::{JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
@@ -62,7 +64,9 @@ pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd>
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: settings.policy.on_non_finite,
     };
-    let metrics = match fit(&mut trainer, &plan, context)? {
+    let is_checkpointing = settings.policy.activation_checkpointing;
+    let end = with_activation_checkpointing(is_checkpointing, || fit(&mut trainer, &plan, context))?;
+    let metrics = match end {
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
@@ -90,7 +94,7 @@ impl RlTrainer {
     fn open(settings: &RlSettings, context: &mut JobContext, notes: &mut Vec<String>) -> JobResult<Self> {
         let seed = context.spec.seed;
         let plain = context.device.clone();
-        let device = plain.clone().autodiff();
+        let device = device::for_training(&plain, settings.policy.activation_checkpointing);
         let weights = context.input_path("weights", ArtifactKind::Weights)?;
         let parts = model_folder::load_parts(&weights, &settings.precision, &device)?;
         let compute = precision::compute_type(&settings.precision, &device);

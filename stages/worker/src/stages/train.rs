@@ -14,6 +14,7 @@ use deepgen_data::mixture::Mixture;
 use deepgen_data::prefetch::Prefetch;
 use deepgen_data::sample::{SetKind, Task};
 use deepgen_data::stream::Shard;
+use deepgen_model::checkpointing::with_activation_checkpointing;
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::flow::TrainingTable;
 use deepgen_model::random::with_dropout;
@@ -21,6 +22,7 @@ use deepgen_model::trainable;
 use deepgen_model::weights::WeightFile;
 
 use crate::checkpoint::NamedTensors;
+use crate::device;
 use crate::ema::EmaWeights;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
@@ -55,7 +57,9 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: settings.train.on_non_finite,
     };
-    let mut metrics = match fit(&mut trainer, &plan, context)? {
+    let is_checkpointing = settings.train.activation_checkpointing;
+    let end = with_activation_checkpointing(is_checkpointing, || fit(&mut trainer, &plan, context))?;
+    let mut metrics = match end {
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
@@ -89,7 +93,7 @@ struct StageTrainer {
 impl StageTrainer {
     fn open(settings: &TrainSettings, context: &mut JobContext, notes: &mut Vec<String>) -> JobResult<Self> {
         let seed = context.spec.seed;
-        let device = context.device.clone().autodiff();
+        let device = device::for_training(&context.device, settings.train.activation_checkpointing);
         let weights = context.input_path("weights", ArtifactKind::Weights)?;
         let mut parts = model_folder::load_parts(&weights, &settings.precision, &device)?;
         let conditioner = parts.conditioner.take();
