@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model schema fuzz-spec bench-orchestrator bench-data fuzz-data
+.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz-data
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -48,8 +48,13 @@ sweep: build           ## the architecture ablations
 plan-paper: build      ## the paper's recipe: sizes, updates, what is missing
 	$(TARGET)/release/deepgen plan pipelines/full.toml --profile paper
 
-bench-model:           ## milliseconds of a training step of the small DiT and the autoencoder
-	cargo run --release --locked -p deepgen-model --example step_time
+PYTHON ?= python3
+bench-model:           ## every part and whole models beside PyTorch (PYTHON=... with torch), as ratios
+	cargo run --release --locked -p deepgen-model --example bench_model -- --python $(PYTHON)
+
+bench-memory:          ## peak memory of a training step with and without activation checkpointing
+	cargo run --release --locked -p deepgen-model --example peak_memory -- off
+	cargo run --release --locked -p deepgen-model --example peak_memory -- on
 
 schema:                ## writes docs/schema/ from the types
 	DEEPGEN_UPDATE_SCHEMA=1 cargo test --locked -p deepgen --lib the_copies_in_git
