@@ -105,12 +105,12 @@ fn adamw_part(name: &str) -> Builder {
             noise::<1>(i as u64, what, [size], &Device::flex())
         };
         let count = shapes.len();
-        for i in 0..count {
+        for (i, shape) in shapes.iter().enumerate() {
             for what in ["value", "gradient"] {
                 let data = draw(i, what).into_data();
                 tensors.push((
                     format!("{what}.{i}"),
-                    TensorData::new(data.iter::<f32>().collect::<Vec<_>>(), shapes[i].clone()),
+                    TensorData::new(data.iter::<f32>().collect::<Vec<_>>(), shape.clone()),
                 ));
             }
         }
@@ -118,7 +118,7 @@ fn adamw_part(name: &str) -> Builder {
         let gradients: Vec<Tensor<1>> = (0..count).map(|i| draw(i, "gradient")).collect();
         let mut moments: Vec<Option<fused::Moments>> = vec![None; count];
         let mut updates = 0;
-        let mut update = move || {
+        let update = move || {
             updates += 1;
             for i in 0..count {
                 let decay = if shapes[i].len() >= 2 { 1.0 - 1e-3 * 0.05 } else { 1.0 };
@@ -130,7 +130,7 @@ fn adamw_part(name: &str) -> Builder {
             }
             values.clone()
         };
-        let update = std::sync::Arc::new(std::sync::Mutex::new(move || update()));
+        let update = std::sync::Arc::new(std::sync::Mutex::new(update));
         let again = update.clone();
         let outputs = move || {
             let mut update = again.lock().expect("no update panics");
