@@ -183,14 +183,17 @@ fn write(folder: &Path, snapshot: Snapshot) -> JobResult<PathBuf> {
     Ok(path)
 }
 
-/// Returns the newest checkpoint of this or an earlier attempt that verifies, and says which ones did not.
-pub fn find_newest(context: &mut JobContext) -> Option<Found> {
+/// Returns the newest checkpoint of this or an earlier attempt that verifies, but for the `passed_over` newest of them, and
+/// says which ones did not verify.
+pub fn find_newest(context: &mut JobContext, passed_over: u32) -> Option<Found> {
+    let mut passed_over = passed_over;
     let attempts = std::iter::once(context.dir.clone()).chain(context.spec.earlier_attempts.clone());
     let mut all: Vec<_> = attempts.flat_map(|attempt| candidates(&attempt.join(CHECKPOINTS_DIR))).collect();
     // Stable: of two checkpoints of one step the later attempt's comes first.
     all.sort_by_key(|(step, _)| std::cmp::Reverse(*step));
     for (_, path) in all {
         match verify(&path) {
+            Ok(_) if passed_over > 0 => passed_over -= 1,
             Ok(state) => return Some(Found { path, state }),
             Err(reason) => context.emitter.warn(format!("checkpoint {} is set aside: {reason}", path.display())),
         }

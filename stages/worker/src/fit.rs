@@ -107,7 +107,8 @@ pub fn fit(trainer: &mut dyn Trainer, plan: &FitPlan, context: &mut JobContext) 
     let mut writer = Writer::new(context, &plan.checkpoint);
     let mut spikes = Spikes::default();
     let mut last_validation = None;
-    if !course.resume(trainer, context)? && plan.validate_every > 0 {
+    let passed_over = context.spec.remedies.roll_back;
+    if !course.resume(trainer, passed_over, context)? && plan.validate_every > 0 {
         let metrics = trainer.validate(0, context)?;
         report(0, metrics, context)?;
     }
@@ -183,9 +184,9 @@ struct Course {
 }
 
 impl Course {
-    /// Goes on from the newest checkpoint that verifies; returns whether there is one.
-    fn resume(&mut self, trainer: &mut dyn Trainer, context: &mut JobContext) -> JobResult<bool> {
-        let Some(found) = checkpoint::find_newest(context) else { return Ok(false) };
+    /// Goes on from the newest checkpoint that verifies, but for the `passed_over` newest; returns whether there is one.
+    fn resume(&mut self, trainer: &mut dyn Trainer, passed_over: u32, context: &mut JobContext) -> JobResult<bool> {
+        let Some(found) = checkpoint::find_newest(context, passed_over) else { return Ok(false) };
         trainer.restore(&found.tensors()?)?;
         let (step, path) = (found.state.step, found.path.display().to_string());
         context.emitter.restore_metric_lines(found.state.metric_lines);
@@ -210,7 +211,7 @@ impl Course {
             let message = format!("{}. It was rolled back {MAX_ROLL_BACKS} times before", error.message);
             return Err(JobError { message, ..error });
         }
-        if !self.resume(trainer, context)? {
+        if !self.resume(trainer, 0, context)? {
             let message = format!("{}. There is no checkpoint yet to roll back to", error.message);
             return Err(JobError { message, ..error });
         }
@@ -408,7 +409,10 @@ mod tests {
         let mut context = JobContext::for_test(&folder.path().join("2"), &[]);
         let error = run(&mut bad, &plan(40, 2, OnNonFinite::Stop), &mut context).unwrap_err();
         assert_eq!(error.cause, FailureCause::NonFinite);
-        assert_eq!(checkpoint::find_newest(&mut context).unwrap().state.step, 20);
+        // The orchestrator's remedy for a second such failure: one checkpoint further back.
+        assert_eq!(checkpoint::find_newest(&mut context, 1).unwrap().state.step, 10);
+        assert!(checkpoint::find_newest(&mut context, 2).is_none());
+        assert_eq!(checkpoint::find_newest(&mut context, 0).unwrap().state.step, 20);
     }
 
     #[test]
@@ -420,6 +424,6 @@ mod tests {
         std::fs::write(context.checkpoints().join("step-00000020.partial"), "").unwrap();
         let error = run(&mut Adder::default(), &plan(40, 2, OnNonFinite::Stop), &mut context).unwrap_err();
         assert_eq!(error.cause, FailureCause::Io, "{error}");
-        assert_eq!(checkpoint::find_newest(&mut context).unwrap().state.step, 10);
+        assert_eq!(checkpoint::find_newest(&mut context, 0).unwrap().state.step, 10);
     }
 }
