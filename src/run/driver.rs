@@ -181,7 +181,7 @@ impl Driver<'_> {
             NodeState::Sealing { .. } => !is_command,
             _ => true,
         };
-        is_told.then(|| RunEvent::Node { fingerprint: planned.fingerprint, node, state })
+        is_told.then_some(RunEvent::Node { fingerprint: planned.fingerprint, node, state })
     }
 
     /// Shows what has become durable.
