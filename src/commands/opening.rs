@@ -28,12 +28,14 @@ use crate::spec::Resolved;
 use crate::store::index::RunIndex;
 use crate::store::layout::{self, ENVIRONMENT_FILE, NODES_DIR, RESOLVED_FILE};
 use crate::store::lock::Holder;
+use crate::store::runs;
 use crate::store::runs::SavedPlan;
 use crate::store::state::{NodeRow, State};
 use crate::store::{ArtifactStore, Layout, Recorder, external};
 
 /// Names of results that were computed again begin with this in the store.
 pub const REPLACED: &str = "replaced-";
+const DAY_MS: u64 = 86_400_000;
 
 /// A run that is open for events.
 pub struct Opened {
@@ -253,15 +255,22 @@ fn plan_identity(resolved: &Resolved, selected: &Selected) -> String {
     hasher.finalize().to_hex()[..32].to_owned()
 }
 
-/// Returns a name that sorts by time and is not taken.
+/// Returns a name that sorts after those of all runs: the newest run is the last one by name, also when two start within
+/// a second or the clock was set back.
 fn new_run_name(layout: &Layout, pipeline: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '-' };
-    let name = format!("{}-{}", stamp(now_ms()), pipeline.chars().map(plain).collect::<String>());
-    let numbered = (2..).map(|num| format!("{name}-{num}"));
-    std::iter::once(name.clone())
-        .chain(numbered)
-        .find(|name| !layout.run(name).exists())
-        .expect("one of infinitely many names is free")
+    let pipeline: String = pipeline.chars().map(plain).collect();
+    let mut ms = now_ms();
+    // A folder with another kind of name, or of a clock that was far ahead, is not waited for.
+    let bound = stamp(ms + DAY_MS);
+    let newest = runs::list(layout).into_iter().rfind(|name| *name < bound).unwrap_or_default();
+    loop {
+        let name = format!("{}-{pipeline}", stamp(ms));
+        if name > newest && !layout.run(&name).exists() {
+            return name;
+        }
+        ms += 1000;
+    }
 }
 
 /// Returns what the scheduler must know of a node: what earlier processes and this run's earlier processes left of it.
@@ -308,4 +317,23 @@ fn applied(planned: &PlannedNode, layout: &Layout, start: &Start) -> JobRemedies
     };
     let folder = JobDir::new(&layout.jobs(), &planned.fingerprint).attempt(attempt);
     jobdir::job(&folder).map_or_else(|_| JobRemedies::default(), |job| job.remedies)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_new_run_sorts_after_every_other_though_they_start_in_one_second() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(dir.path().to_owned());
+        let mut names = Vec::new();
+        for pipeline in ["top", "main", "top", "a/b", "main"] {
+            let name = new_run_name(&layout, pipeline);
+            fs::create_dir_all(layout.run(&name)).unwrap();
+            fs::write(layout.run(&name).join(crate::store::journal::JOURNAL_FILE), "x").unwrap();
+            names.push(name);
+        }
+        assert_eq!(runs::list(&layout), names);
+    }
 }
