@@ -127,7 +127,13 @@ pub fn fit(trainer: &mut dyn Trainer, plan: &FitPlan, context: &mut JobContext) 
                 timer = (Instant::now(), course.done);
                 continue;
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                // The last checkpoint is told of before the job ends; that it failed matters less than why the job did.
+                if let Err(unwritten) = writer.finish(context) {
+                    context.emitter.warn(unwritten.message);
+                }
+                return Err(error);
+            }
         };
         for (name, value) in metrics.iter().filter(|(name, _)| name.starts_with(WATCHED)) {
             if let Some(bound) = spikes.see(name, *value) {
