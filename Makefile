@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz-data
+.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz-data
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -17,6 +17,12 @@ test-light:            ## the orchestrator and the light crates, seconds
 
 test-heavy:            ## model and worker, against reference tensors
 	cargo test --release --locked $(HEAVY)
+
+test-true-size:        ## the 5B model made, saved, loaded and run once: 14 GB of disk, minutes
+	cargo test --release --locked $(HEAVY) --test true_size -- --ignored --nocapture
+
+test-exports:          ## the Python libraries load what we export (DEEPGEN_PYTHON=... has torch, transformers, diffusers, peft)
+	cargo test --release --locked -p deepgen-worker foreign -- --ignored --nocapture
 
 parity: build          ## every number of the reference implementations against ours, tensor by tensor
 	$(TARGET)/release/deepgen-worker parity tests/fixtures/parity
