@@ -5,30 +5,11 @@ use std::path::PathBuf;
 
 use serde_json::Value;
 
+use crate::field_names::FieldNames;
 use crate::json_list::{files_of, kind_of, located, text};
 use crate::prompts::each_line;
 use crate::sample::SetKind;
 use crate::source::{Fault, Found, Location, Record, RecordSource, ScanError, Visit, below_root};
-
-/// Names of the keys, or columns, that make a record.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FieldNames {
-    /// Of the text.
-    pub text: String,
-    /// Of the image to be made.
-    pub image: String,
-    /// Of the images that an instruction is about; empty for captions.
-    pub reference: String,
-    /// References kept of a record; 0 keeps all.
-    pub max_references: usize,
-}
-
-impl FieldNames {
-    /// Returns what records of these names are.
-    pub(crate) fn kind(&self) -> SetKind {
-        if self.reference.is_empty() { SetKind::Generation } else { SetKind::Edit }
-    }
-}
 
 /// JSON lines with their folder of images.
 #[derive(Debug)]
@@ -62,7 +43,7 @@ impl JsonLines {
         };
         let image = locate(text(fields, &names.image)?)?;
         let text = text(fields, &names.text)?.to_owned();
-        Ok(Record { key: key.to_owned(), text, answer: None, image: Some(image), references })
+        Ok(Record { references, ..Record::new(key, text, image) })
     }
 }
 

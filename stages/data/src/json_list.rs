@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
+use crate::field_names::kept;
 use crate::sample::SetKind;
 use crate::source::{Cause, Fault, Found, Location, Record, RecordSource, ScanError, Visit, below_root};
 
@@ -129,28 +130,21 @@ fn parse(value: &Value, images: &Path, form: &ListForm, key: &str) -> Found {
     let record = || -> Result<Record, Fault> {
         let fields = value.as_object().ok_or_else(|| format!("a record is an object, not {}", kind_of(value)))?;
         let locate = |path: &str| below_root(images, path).map(|path| Location::file(0, path));
-        let whole = |text: String, image: Location| Record {
-            key: key.to_owned(),
-            text,
-            answer: None,
-            image: Some(image),
-            references: Vec::new(),
-        };
         match form {
             ListForm::Caption { captions, caption_key } => {
                 let image = locate(text(fields, "image")?)?;
                 let annotation = below_root(captions, text(fields, "annotation")?)?;
                 let caption = caption_at(&captions.join(annotation), caption_key)?;
-                Ok(whole(caption, image))
+                Ok(Record::new(key, caption, image))
             }
             ListForm::Blip3o => {
                 let image = locate(text(fields, "image_path")?)?;
-                Ok(whole(text(fields, "txt")?.to_owned(), image))
+                Ok(Record::new(key, text(fields, "txt")?.to_owned(), image))
             }
             ListForm::Qa => {
                 let image = locate(text(fields, "image")?)?;
                 let answer = Some(text(fields, "answer")?.to_owned());
-                Ok(Record { answer, ..whole(text(fields, "question")?.to_owned(), image) })
+                Ok(Record { answer, ..Record::new(key, text(fields, "question")?.to_owned(), image) })
             }
             ListForm::Edit { max_references } => {
                 let image = locate(text(fields, "output_image")?)?;
@@ -162,7 +156,7 @@ fn parse(value: &Value, images: &Path, form: &ListForm, key: &str) -> Found {
                     None => return Err("`input_image` is missing".to_owned().into()),
                 };
                 let references = located(inputs, *max_references, "input_image", locate)?;
-                Ok(Record { references, ..whole(text(fields, "instruction")?.to_owned(), image) })
+                Ok(Record { references, ..Record::new(key, text(fields, "instruction")?.to_owned(), image) })
             }
         }
     };
@@ -176,10 +170,8 @@ pub(crate) fn located(
     key: &str,
     locate: impl Fn(&str) -> Result<Location, Fault>,
 ) -> Result<Vec<Location>, Fault> {
-    let num_kept = if max_references == 0 { paths.len() } else { max_references };
-    let each = paths
+    let each = kept(paths, max_references)
         .iter()
-        .take(num_kept)
         .map(|path| locate(path.as_str().ok_or_else(|| Fault::from(format!("`{key}` holds {}", kind_of(path))))?));
     each.collect()
 }

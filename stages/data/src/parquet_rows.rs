@@ -14,10 +14,10 @@ use parquet::record::reader::TreeBuilder;
 use parquet::record::{Field, Row};
 use parquet::schema::types::{SchemaDescriptor, Type};
 
-use crate::json_lines::FieldNames;
+use crate::field_names::{FieldNames, kept};
 use crate::sample::SetKind;
+use crate::shard_files::ShardFiles;
 use crate::source::{Cause, Fault, Location, Record, RecordSource, ScanError, Visit, below_root};
-use crate::tar_shards::Shards;
 
 /// Rows decoded together; their images are in memory at once.
 const BATCH_ROWS: usize = 8;
@@ -52,7 +52,7 @@ impl ParquetRows {
     /// # Errors
     /// When there are none.
     pub fn find(path: &Path, columns: FieldNames) -> Result<Self, ScanError> {
-        let Shards { folder, names } = Shards::find(path, &PARQUET_ENDINGS, "*.parquet")?;
+        let ShardFiles { folder, names } = ShardFiles::find(path, &PARQUET_ENDINGS, "*.parquet")?;
         Ok(Self { roots: [folder], names, columns })
     }
 
@@ -112,14 +112,13 @@ impl ParquetRows {
                     other => return Err(format!("`{column}` is no text but {}", kind_of(&other)).into()),
                 };
             } else if column == columns.image {
-                image = self.image(field, name, &column)?;
+                image = self.image(&field, name, &column)?;
             } else if column == columns.reference {
                 let all = match field {
                     Field::ListInternal(list) => list.elements().to_vec(),
                     field => vec![field],
                 };
-                let num_kept = if columns.max_references == 0 { all.len() } else { columns.max_references };
-                for field in all.into_iter().take(num_kept) {
+                for field in kept(&all, columns.max_references) {
                     references.extend(self.image(field, name, &column)?);
                 }
                 if references.is_empty() {
@@ -128,28 +127,28 @@ impl ParquetRows {
             }
         }
         let image = image.ok_or_else(|| Fault::new(Cause::NoImage, format!("`{}` is null", columns.image)))?;
-        Ok(Record { key: key.to_owned(), text: text.unwrap_or_default(), answer: None, image: Some(image), references })
+        Ok(Record { references, ..Record::new(key, text.unwrap_or_default(), image) })
     }
 
     /// Returns the image of a cell: its bytes, or else its path beside the file.
-    fn image(&self, field: Field, name: &str, column: &str) -> Result<Option<Location>, Fault> {
+    fn image(&self, field: &Field, name: &str, column: &str) -> Result<Option<Location>, Fault> {
         let held = |bytes: &[u8]| Location::held(0, name, bytes);
         match field {
             Field::Null => Ok(None),
             Field::Bytes(bytes) => Ok(Some(held(bytes.data()))),
             Field::Group(row) => {
                 let mut path = None;
-                for (part, field) in row.into_columns() {
-                    match (&*part, field) {
+                for (part, field) in row.get_column_iter() {
+                    match (part.as_str(), field) {
                         ("bytes", Field::Bytes(bytes)) => return Ok(Some(held(bytes.data()))),
                         ("path", Field::Str(found)) => path = Some(found),
                         _ => {}
                     }
                 }
                 let Some(path) = path else { return Ok(None) };
-                Ok(Some(Location::file(0, below_root(&self.roots[0], &path)?)))
+                Ok(Some(Location::file(0, below_root(&self.roots[0], path)?)))
             }
-            other => Err(format!("`{column}` is no image but {}", kind_of(&other)).into()),
+            other => Err(format!("`{column}` is no image but {}", kind_of(other)).into()),
         }
     }
 }

@@ -42,8 +42,8 @@ mod fetch {
 
     use super::OpenLocal;
     use crate::sample::SetKind;
+    use crate::shard_files::matches;
     use crate::source::{Cause, Fault, Found, Location, RecordSource, ScanError, Visit, read_bytes};
-    use crate::tar_shards::matches;
 
     /// Folder below the output folder that holds the file being read.
     const FETCHED_DIR: &str = "fetched";

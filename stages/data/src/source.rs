@@ -185,6 +185,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// Returns an image with its text.
+    pub fn new(key: &str, text: String, image: Location) -> Self {
+        Self { key: key.to_owned(), text, answer: None, image: Some(image), references: Vec::new() }
+    }
+
     /// Returns the bytes of images that it carries.
     pub fn held_bytes(&self) -> usize {
         self.image.iter().chain(&self.references).filter_map(|location| location.held.as_ref()).map(|b| b.len()).sum()

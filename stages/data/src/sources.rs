@@ -6,7 +6,8 @@ use deepgen_contract::data::SourceSettings;
 use deepgen_contract::shapes::SourceFormat;
 use thiserror::Error;
 
-use crate::json_lines::{FieldNames, JsonLines};
+use crate::field_names::FieldNames;
+use crate::json_lines::JsonLines;
 use crate::json_list::{JsonList, ListForm};
 use crate::parquet_rows::ParquetRows;
 use crate::prompts::PromptFile;

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use crate::expand::{Expanding, Packing};
 use crate::json_list::caption_in;
 use crate::sample::SetKind;
+use crate::shard_files::ShardFiles;
 use crate::source::{Cause, Fault, Location, Record, RecordSource, ScanError, Span, Visit};
 
 /// Largest caption, in bytes.
@@ -32,49 +33,6 @@ const IMAGES: [&str; 4] = ["png", "jpg", "jpeg", "webp"];
 /// Endings of image files that are not.
 const OTHER_IMAGES: [&str; 6] = ["gif", "bmp", "tif", "tiff", "avif", "heic"];
 
-/// Files of a set and the folder they lie in.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Shards {
-    /// Folder, root 0 of the records.
-    pub folder: PathBuf,
-    /// Names of the files, sorted.
-    pub names: Vec<String>,
-}
-
-impl Shards {
-    /// Finds the files of `path`: a file, a folder whose files have one of `endings`, or a folder and a name with `*`.
-    ///
-    /// # Errors
-    /// When there are none.
-    pub fn find(path: &Path, endings: &[&str], what: &'static str) -> Result<Self, ScanError> {
-        let io = |source| ScanError::Io { path: path.to_owned(), source };
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let (folder, pattern) = match name.contains('*') {
-            true => (parent.to_owned(), Some(name)),
-            false if std::fs::metadata(path).map_err(io)?.is_dir() => (path.to_owned(), None),
-            false => return Ok(Self { folder: parent.to_owned(), names: vec![name] }),
-        };
-        let mut names = Vec::new();
-        for entry in std::fs::read_dir(&folder).map_err(io)? {
-            let entry = entry.map_err(io)?;
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let fits = match &pattern {
-                Some(pattern) => matches(pattern, &name),
-                None => endings.iter().any(|ending| name.ends_with(ending)),
-            };
-            if fits && entry.path().is_file() {
-                names.push(name);
-            }
-        }
-        names.sort();
-        match names.is_empty() {
-            true => Err(ScanError::Nothing { path: path.to_owned(), what }),
-            false => Ok(Self { folder, names }),
-        }
-    }
-}
-
 /// Endings of tar shards.
 pub const TAR_ENDINGS: [&str; 5] = [".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst"];
 
@@ -92,7 +50,7 @@ impl TarShards {
     /// # Errors
     /// When there are none.
     pub fn find(path: &Path, caption_key: &str) -> Result<Self, ScanError> {
-        let Shards { folder, names } = Shards::find(path, &TAR_ENDINGS, "tar shard")?;
+        let ShardFiles { folder, names } = ShardFiles::find(path, &TAR_ENDINGS, "tar shard")?;
         Ok(Self { roots: [folder], names, caption_key: caption_key.to_owned() })
     }
 }
@@ -340,7 +298,7 @@ impl Shard<'_, '_> {
             Part::Span(span) => Location::part(0, self.name, span),
             Part::Held(bytes) => Location::held(0, self.name, bytes),
         };
-        Ok(Record { key: key.to_owned(), text, answer: None, image: Some(image), references: Vec::new() })
+        Ok(Record::new(key, text, image))
     }
 
     fn read(&self, part: Part) -> Result<Vec<u8>, Fault> {
@@ -370,25 +328,6 @@ fn read_at_most(entry: &mut dyn Read, limit: u64, what: &str) -> Result<Vec<u8>,
         true => Err(format!("{what} of more than {limit} bytes")),
         false => Ok(bytes),
     }
-}
-
-/// Returns true when `name` fits `pattern`, in which `*` stands for any characters.
-pub(crate) fn matches(pattern: &str, name: &str) -> bool {
-    let mut parts = pattern.split('*');
-    let first = parts.next().unwrap_or_default();
-    let Some(mut rest) = name.strip_prefix(first) else { return false };
-    let mut parts = parts.peekable();
-    if parts.peek().is_none() {
-        return rest.is_empty();
-    }
-    while let Some(part) = parts.next() {
-        if parts.peek().is_none() {
-            return rest.ends_with(part);
-        }
-        let Some(at) = rest.find(part) else { return false };
-        rest = &rest[at + part.len()..];
-    }
-    true
 }
 
 #[cfg(test)]
@@ -462,27 +401,6 @@ mod tests {
             assert!(all[1..].iter().all(Result::is_err), "cut at {cut}: {all:?}");
             assert!(all.last().unwrap().as_ref().unwrap_err().key == "s.tar", "cut at {cut}: {all:?}");
         }
-    }
-
-    #[test]
-    fn shards_are_found_by_folder_name_or_pattern() {
-        let dir = tempfile::tempdir().unwrap();
-        for name in ["a-2.tar", "a-1.tar", "b.tar", "notes.txt"] {
-            write(&dir.path().join(name), &[]);
-        }
-        std::fs::write(dir.path().join("z.tar.gz"), "x").unwrap();
-        let names = |path: &str| TarShards::find(&dir.path().join(path), "caption").unwrap().names;
-        assert_eq!(names(""), ["a-1.tar", "a-2.tar", "b.tar", "z.tar.gz"]);
-        assert_eq!(names("a-*.tar"), ["a-1.tar", "a-2.tar"]);
-        assert_eq!(names("b.tar"), ["b.tar"]);
-        assert!(TarShards::find(&dir.path().join("c*.tar"), "caption").is_err());
-        assert!(TarShards::find(&dir.path().join("c.tar"), "caption").is_err());
-    }
-
-    #[test]
-    fn a_star_stands_for_any_characters() {
-        assert!(matches("a*b*c", "a-x-b-y-c") && matches("*", "") && matches("a*", "a"));
-        assert!(!matches("a*b", "a-b-c") && !matches("ab", "abc") && !matches("a*a", "a"));
     }
 
     #[test]
