@@ -1,7 +1,7 @@
 //! Data: sources and their readers, prepared data sets, mixtures as arithmetic, batches, tokenizer, the shapes world.
 //!
 //! The way of a sample: `sources` opens what `json_list`, `json_lines`, `tar_shards`, `parquet_rows` or `prompts` read,
-//! here or in a store (`remote`); `check` tries each record; `prepare` indexes the good ones, `inspect` counts them;
+//! here or in a store (`remote`, `fetch`); `check` tries each record; `prepare` indexes the good ones, `inspect` counts them;
 //! `dataset` opens the result; `mix` writes and `mixture` opens a mixture over such sets, whose order is `stream`'s;
 //! `batch` loads it as numbers. Knows no tensor and no network.
 
@@ -12,6 +12,8 @@ pub mod contamination;
 pub mod dataset;
 pub mod decode;
 pub mod expand;
+#[cfg(feature = "cloud")]
+mod fetch;
 pub mod field_names;
 pub mod guess;
 pub mod inspect;
