@@ -28,7 +28,7 @@ parity: build          ## every number of the reference implementations against 
 	$(TARGET)/release/deepgen-worker parity tests/fixtures/parity
 
 test-e2e: build        ## a short pipeline with the real worker, undisturbed and killed: same bits
-	DEEPGEN_E2E_BIN=$(abspath $(TARGET))/release cargo test --locked --test e2e --test tools -- --ignored --test-threads=1 --nocapture
+	DEEPGEN_E2E_BIN=$(abspath $(TARGET))/release cargo test --locked --test e2e --test tools --test inspect -- --ignored --test-threads=1 --nocapture
 
 soak:                  ## 200 random kills -9 of orchestrator and workers (minutes); DEEPGEN_SOAK_SEED picks others
 	cargo test --locked --test storm -- --ignored --nocapture

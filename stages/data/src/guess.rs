@@ -10,8 +10,10 @@ use deepgen_contract::data::{InspectRequest, SourceSettings};
 use serde_json::{Map, Value};
 use thiserror::Error;
 
+use crate::json_list::files_of;
 use crate::parquet_rows::{PARQUET_ENDINGS, columns_of};
 use crate::remote::is_address;
+use crate::shard_files::ShardFiles;
 use crate::source::ScanError;
 use crate::tar_shards::TAR_ENDINGS;
 
@@ -39,6 +41,20 @@ pub enum GuessError {
     Unknown {
         /// As given.
         source_name: String,
+    },
+    /// Lists of records are read from this machine only.
+    #[error("{source_name}: at an address only .tar, .parquet and prompts (.txt, .jsonl) are read; copy the list here")]
+    Address {
+        /// As given.
+        source_name: String,
+    },
+    /// A folder holds several files of prompts.
+    #[error("{source_name}: the folder holds prompts in {files}; name the file that is meant")]
+    Several {
+        /// As given.
+        source_name: String,
+        /// Names of the files.
+        files: String,
     },
     /// The records have none of the usual keys.
     #[error("{source_name}: none of the keys {known} holds {what}; name it with --{option}")]
@@ -100,9 +116,12 @@ pub fn guess(request: &InspectRequest) -> Result<SourceSettings, GuessError> {
         }
         "txt" => Ok(SourceSettings::Prompts { path: name.clone() }),
         "parquet" => {
-            let known = match is_address(name) || name.contains('*') {
+            let known = match is_address(name) {
                 true => Vec::new(),
-                false => columns_of(&first)?,
+                false => {
+                    let ShardFiles { folder, names } = ShardFiles::find(path, &PARQUET_ENDINGS, "*.parquet")?;
+                    columns_of(&folder.join(&names[0]))?
+                }
             };
             let keys = Keys { request, known };
             Ok(SourceSettings::Parquet {
@@ -113,11 +132,13 @@ pub fn guess(request: &InspectRequest) -> Result<SourceSettings, GuessError> {
                 max_references: 0,
             })
         }
+        "jsonl" if is_address(name) => Ok(SourceSettings::Prompts { path: name.clone() }),
+        "json" if is_address(name) => Err(GuessError::Address { source_name: name.clone() }),
         "jsonl" => {
             let fields = first_line(&first)?;
             let keys = Keys { request, known: fields.keys().cloned().collect() };
             if keys.image().is_err() {
-                return Ok(SourceSettings::Prompts { path: name.clone() });
+                return prompts(name, path, &first);
             }
             Ok(SourceSettings::JsonLines {
                 index: name.clone(),
@@ -130,6 +151,20 @@ pub fn guess(request: &InspectRequest) -> Result<SourceSettings, GuessError> {
         }
         _ => list(request, &first, images),
     }
+}
+
+/// Returns the settings of prompts: a file, or a folder with one file of them.
+fn prompts(name: &str, path: &Path, first: &Path) -> Result<SourceSettings, GuessError> {
+    if !path.is_dir() {
+        return Ok(SourceSettings::Prompts { path: name.to_owned() });
+    }
+    let files = files_of(path, "jsonl", "*.jsonl")?;
+    if files.len() > 1 {
+        let names = files.iter().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned()));
+        let files = names.collect::<Vec<_>>().join(", ");
+        return Err(GuessError::Several { source_name: name.to_owned(), files });
+    }
+    Ok(SourceSettings::Prompts { path: first.to_string_lossy().into_owned() })
 }
 
 /// Returns the settings of a JSON list, whose form its first record tells.
@@ -243,5 +278,26 @@ mod tests {
         assert!(wrong("b.json", r#"[{"x":1}]"#).contains("none of the keys x"));
         assert!(wrong("c.jsonl", "{\"image\":\"a\",\"y\":1}").contains("--text-key"));
         assert!(wrong("d.jsonl", "no").contains("no JSON object"));
+        let told = |source: &str| {
+            let request = InspectRequest { source: source.into(), ..InspectRequest::default() };
+            guess(&request).map_err(|error| error.to_string())
+        };
+        assert!(told("http://host/a.json").unwrap_err().contains("copy the list here"));
+        assert_eq!(
+            told("http://host/a.jsonl").unwrap(),
+            SourceSettings::Prompts { path: "http://host/a.jsonl".into() }
+        );
+    }
+
+    #[test]
+    fn a_folder_of_prompts_is_its_one_file() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("a.jsonl"), r#"{"prompt":"b"}"#).unwrap();
+        let request = InspectRequest { source: dir.path().to_string_lossy().into(), ..InspectRequest::default() };
+        let path = dir.path().join("a.jsonl").to_string_lossy().into_owned();
+        assert_eq!(guess(&request).unwrap(), SourceSettings::Prompts { path });
+        std::fs::write(dir.path().join("b.jsonl"), r#"{"prompt":"b"}"#).unwrap();
+        let error = guess(&request).unwrap_err().to_string();
+        assert!(error.contains("a.jsonl, b.jsonl"), "{error}");
     }
 }
