@@ -82,6 +82,8 @@ enum Command {
     ImportWeights(commands::weights::ImportArgs),
     /// Write weights for others: released folders, a PEFT adapter, DeepGen's own names
     Export(commands::weights::ExportArgs),
+    /// Send a run's settings, numbers and scores to an MLflow server; again, what came since
+    ExportMlflow(commands::export_mlflow::ExportMlflowArgs),
 }
 
 /// How the program ends.
@@ -178,6 +180,7 @@ fn dispatch(command: &Command) -> anyhow::Result<Exit> {
         Command::Generate(args) => commands::generate::generate(args),
         Command::ImportWeights(args) => commands::weights::import(args),
         Command::Export(args) => commands::weights::export(args),
+        Command::ExportMlflow(args) => commands::export_mlflow::export_mlflow(args),
     }
 }
 

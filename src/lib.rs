@@ -8,6 +8,7 @@ pub mod commands;
 pub mod compare;
 pub mod environment;
 pub mod exec;
+pub mod mlflow;
 pub mod plan;
 pub mod progress;
 pub mod report;

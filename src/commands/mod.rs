@@ -20,6 +20,7 @@ pub mod detach;
 pub mod diff;
 pub mod doctor;
 pub mod explain;
+pub mod export_mlflow;
 pub mod freeze;
 pub mod gc;
 pub mod generate;
