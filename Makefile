@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz-data
+.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -80,5 +80,6 @@ bench-data:            ## images a second of one core: our loader beside webdata
 	cargo build --release --locked -p deepgen-data --example load_rate
 	$(or $(PYTHON),python3) benches/data/load_rate.py $(TARGET)/release/examples/load_rate
 
-fuzz-data:             ## damaged tar shards, records, images: FUZZ_SECONDS each, 60 by default
+fuzz:                  ## damaged tar shards, records, images, weight files: FUZZ_SECONDS each, 60 by default
 	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --locked -p deepgen-data --test fuzz -- --ignored --nocapture --test-threads=1
+	FUZZ_SECONDS=$(or $(FUZZ_SECONDS),60) cargo test --release --locked -p deepgen-model --test fuzz -- --ignored --nocapture --test-threads=1

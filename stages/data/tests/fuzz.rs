@@ -1,13 +1,7 @@
-//! Damaged input of every format, made by mutation: no panic, no endless loop, bounded memory (`make fuzz-data`).
-//!
-//! Each target starts from small valid files and changes them; a case that fails is written to the temporary folder and
-//! named. `FUZZ_SECONDS` is the time of a target, 10 by default; `FUZZ_SEED` repeats a run.
+//! Damaged input of every format, made by mutation: no panic, no endless loop, bounded memory (`make fuzz`).
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{Cursor, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
 use deepgen_contract::data::{FilterSettings, InspectRequest, SourceSettings};
 use deepgen_data::decode::decode;
@@ -16,174 +10,15 @@ use deepgen_data::inspect::{Looking, inspect};
 use deepgen_data::sources::{self, SourcePlace};
 use image::{ImageFormat, Rgb, RgbImage};
 
-/// Longest time a case may take.
-const CASE_LIMIT: Duration = Duration::from_secs(10);
-/// Largest input that mutation makes, in bytes.
-const MAX_INPUT: usize = 64 << 10;
+mod fuzzing;
 
-/// Counts the bytes in use, and the most there were.
-struct Counting;
+use fuzzing::{Target, fuzz};
 
-static IN_USE: AtomicUsize = AtomicUsize::new(0);
-static PEAK: AtomicUsize = AtomicUsize::new(0);
+/// Bytes that the formats of data give a meaning to.
+const TOKENS: [&[u8]; 6] = [b"77777777777", b"ustar\0", b"{\"caption\":", b"PAR1", b"IHDR", b"\xff\xd8\xff\xc4"];
 
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        let now = IN_USE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: the caller keeps to the contract of `alloc`.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        IN_USE.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller keeps to the contract of `dealloc`.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-
-    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
-        let now = IN_USE.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
-        PEAK.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: the caller keeps to the contract of `alloc_zeroed`.
-        unsafe { System.alloc_zeroed(layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// Numbers that look random (xorshift64*).
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() >> 33) as usize % bound.max(1)
-    }
-}
-
-/// Bytes that formats give a meaning to.
-const TOKENS: [&[u8]; 14] = [
-    b"\xff\xff\xff\xff",
-    b"\x7f\xff\xff\xff",
-    b"\0\0\0\0\0\0\0\0",
-    b"77777777777",
-    b"\x80\0\0\0\0\0\0\0\0\0\xff\xff",
-    b"../../etc/passwd",
-    b"ustar\0",
-    b"{\"caption\":",
-    b"[[[[[[[[[[[[[[[[",
-    b"null",
-    b"\\ud800",
-    b"PAR1",
-    b"IHDR",
-    b"\xff\xd8\xff\xc4",
-];
-
-fn mutate(seeds: &[Vec<u8>], random: &mut Random) -> Vec<u8> {
-    let mut bytes = seeds[random.below(seeds.len())].clone();
-    for _ in 0..=random.below(6) {
-        let at = random.below(bytes.len());
-        match random.below(9) {
-            0 if !bytes.is_empty() => bytes[at] ^= 1 << random.below(8),
-            1 if !bytes.is_empty() => bytes[at] = random.next() as u8,
-            2 => bytes.truncate(at),
-            3 => {
-                let token = TOKENS[random.below(TOKENS.len())];
-                let end = (at + token.len()).min(bytes.len());
-                bytes.splice(at..end, token.iter().copied());
-            }
-            4 => {
-                let token = TOKENS[random.below(TOKENS.len())];
-                bytes.splice(at..at, token.iter().copied());
-            }
-            5 => {
-                let end = (at + random.below(600)).min(bytes.len());
-                bytes.drain(at..end);
-            }
-            6 => {
-                let end = (at + random.below(1200)).min(bytes.len());
-                let part = bytes[at..end].to_vec();
-                let to = random.below(bytes.len());
-                bytes.splice(to..to, part);
-            }
-            7 => {
-                let other = &seeds[random.below(seeds.len())];
-                let from = random.below(other.len());
-                bytes.truncate(at);
-                bytes.extend_from_slice(&other[from..]);
-            }
-            // Headers are at the front.
-            _ if !bytes.is_empty() => {
-                let at = random.below(bytes.len().min(64));
-                bytes[at] = [0, 1, 0x7f, 0x80, 0xff][random.below(5)];
-            }
-            _ => {}
-        }
-    }
-    bytes.truncate(MAX_INPUT);
-    bytes
-}
-
-/// One target at a time: the count of memory is the program's.
-static TURN: std::sync::Mutex<()> = std::sync::Mutex::new(());
-
-/// Feeds mutated seeds to `target` for the time given; a case may use `memory` bytes beyond what was in use before.
-fn fuzz(name: &str, seeds: &[Vec<u8>], memory: usize, target: &dyn Fn(&[u8])) {
-    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let number = |name: &str, default: u64| std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default);
-    let (seconds, seed) = (number("FUZZ_SECONDS", 10), number("FUZZ_SEED", 1));
-    let failed = std::env::temp_dir().join(format!("deepgen-fuzz-{name}-{}", std::process::id()));
-    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    let started = Instant::now();
-    // The watch ends the program when a case hangs, since nothing else can.
-    let (case_started, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
-    let mut num_cases = 0u64;
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while !is_over.load(Ordering::Relaxed) {
-                std::thread::sleep(Duration::from_millis(100));
-                let now = started.elapsed().as_millis() as u64;
-                if now.saturating_sub(case_started.load(Ordering::Relaxed)) > CASE_LIMIT.as_millis() as u64 {
-                    eprintln!("{name}: a case takes longer than {CASE_LIMIT:?}: {}", failed.display());
-                    std::process::abort();
-                }
-            }
-        });
-        while started.elapsed() < Duration::from_secs(seconds) {
-            let bytes = if num_cases < seeds.len() as u64 {
-                seeds[num_cases as usize].clone()
-            } else {
-                mutate(seeds, &mut random)
-            };
-            std::fs::write(&failed, &bytes).unwrap();
-            let before = IN_USE.load(Ordering::Relaxed);
-            PEAK.store(before, Ordering::Relaxed);
-            case_started.store(started.elapsed().as_millis() as u64, Ordering::Relaxed);
-            let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| target(&bytes)));
-            let used = PEAK.load(Ordering::Relaxed).saturating_sub(before);
-            let wrong = match outcome {
-                Err(_) => Some("a panic".to_owned()),
-                Ok(()) if used > memory => Some(format!("{used} bytes of memory, more than {memory}")),
-                Ok(()) => None,
-            };
-            if let Some(wrong) = wrong {
-                is_over.store(true, Ordering::Relaxed);
-                panic!("{name}, case {num_cases}: {wrong}: {}", failed.display());
-            }
-            num_cases += 1;
-        }
-        is_over.store(true, Ordering::Relaxed);
-    });
-    let _ = std::fs::remove_file(&failed);
-    println!("{name}: {num_cases} cases in {seconds} s");
+fn target<'a>(name: &'a str, seeds: &'a [Vec<u8>], memory: usize) -> Target<'a> {
+    Target { name, seeds, tokens: &TOKENS, memory }
 }
 
 fn picture(format: ImageFormat) -> Vec<u8> {
@@ -234,40 +69,40 @@ fn folder() -> (tempfile::TempDir, PathBuf) {
 }
 
 #[test]
-#[ignore = "takes FUZZ_SECONDS; make fuzz-data"]
+#[ignore = "takes FUZZ_SECONDS; make fuzz"]
 fn image_headers() {
     let seeds = [ImageFormat::Png, ImageFormat::Jpeg, ImageFormat::WebP].map(picture);
     // Four million pixels are free of questions, as 16-bit RGBA and as RGB, and some more when the file is not small.
-    fuzz("image", &seeds, 1 << 30, &|bytes| drop(decode(bytes)));
+    fuzz(&target("image", &seeds, 1 << 30), &|bytes| drop(decode(bytes)));
 }
 
 #[test]
-#[ignore = "takes FUZZ_SECONDS; make fuzz-data"]
+#[ignore = "takes FUZZ_SECONDS; make fuzz"]
 fn tar_shards() {
     let (_dir, path) = folder();
     let path = path.join("a.tar");
-    fuzz("tar", &[shard()], 1 << 30, &|bytes| look(&path, bytes, None));
+    fuzz(&target("tar", &[shard()], 1 << 30), &|bytes| look(&path, bytes, None));
 }
 
 #[test]
-#[ignore = "takes FUZZ_SECONDS; make fuzz-data"]
+#[ignore = "takes FUZZ_SECONDS; make fuzz"]
 fn compressed_shards() {
     let (_dir, folder) = folder();
     let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     gzip.write_all(&shard()).unwrap();
     let (gz, zst) = (folder.join("a.tar.gz"), folder.join("a.tar.zst"));
     // The content inside is mutated, too, or a checksum would guard it.
-    let target = |bytes: &[u8]| match bytes.first() {
+    let case = |bytes: &[u8]| match bytes.first() {
         Some(0x1f) => look(&gz, bytes, None),
         Some(0x28) => look(&zst, bytes, None),
         _ => look(&zst, &zstd::encode_all(bytes, 1).unwrap(), None),
     };
     let seeds = [gzip.finish().unwrap(), zstd::encode_all(&*shard(), 1).unwrap(), shard()];
-    fuzz("compressed", &seeds, 1 << 30, &target);
+    fuzz(&target("compressed", &seeds, 1 << 30), &case);
 }
 
 #[test]
-#[ignore = "takes FUZZ_SECONDS; make fuzz-data"]
+#[ignore = "takes FUZZ_SECONDS; make fuzz"]
 fn json_records() {
     let (_dir, folder) = folder();
     std::fs::write(folder.join("a.png"), picture(ImageFormat::Png)).unwrap();
@@ -284,15 +119,15 @@ fn json_records() {
     ]
     .map(|text| text.as_bytes().to_vec())
     .to_vec();
-    let target = |bytes: &[u8]| {
+    let case = |bytes: &[u8]| {
         look(&json, bytes, None);
         look(&jsonl, bytes, None);
     };
-    fuzz("json", &seeds, 64 << 20, &target);
+    fuzz(&target("json", &seeds, 64 << 20), &case);
 }
 
 #[test]
-#[ignore = "takes FUZZ_SECONDS; make fuzz-data"]
+#[ignore = "takes FUZZ_SECONDS; make fuzz"]
 fn parquet_files() {
     use parquet::data_type::ByteArrayType;
     use parquet::file::properties::WriterProperties;
@@ -326,6 +161,6 @@ fn parquet_files() {
     };
     // A panic of the reader is caught and told as damage; its message is only noise here.
     std::panic::set_hook(Box::new(|_| {}));
-    fuzz("parquet", &seeds, 3 << 30, &|bytes| look(&path, bytes, Some(&settings)));
+    fuzz(&target("parquet", &seeds, 3 << 30), &|bytes| look(&path, bytes, Some(&settings)));
     let _ = std::panic::take_hook();
 }

@@ -4,12 +4,16 @@
 //! The pickle is read by a machine that knows dictionaries, tuples and tensors and calls nothing: whatever else a
 //! checkpoint holds is passed over. Tensors are views of the mapped file. Knows no module.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::rc::Rc;
 
 use safetensors::tensor::Dtype;
+
+/// Deepest nesting of dictionaries, and of tuples.
+const MAX_DEPTH: usize = 100;
+/// Bytes of all tensors' paths together: a dictionary that is reached in many ways is told as often.
+const MAX_PATH_BYTES: usize = 64 << 20;
 
 /// A tensor of a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +37,14 @@ impl TorchTensor {
             expected *= len;
             fits
         })
+    }
+
+    /// Returns the bytes of its elements, all told; nothing for an absurd shape.
+    fn num_bytes(&self) -> Option<usize> {
+        // Without the zeros: no product of some of the sizes may be beyond a number either.
+        let sizes = self.shape.iter().filter(|&&len| len > 0);
+        let largest = sizes.copied().try_fold(element_size(self.dtype), usize::checked_mul)?;
+        Some(if self.shape.contains(&0) { 0 } else { largest })
     }
 
     /// Returns the elements in the order of their indices; `storage` are the bytes that `self.bytes` names.
@@ -74,46 +86,55 @@ pub fn read(file: &[u8]) -> Result<BTreeMap<String, TorchTensor>, String> {
         return Err("it was written on a big-endian machine".into());
     }
     let storage = |key: &str| entries.get(&format!("{root}data/{key}")).cloned();
-    let value =
-        Unpickler { bytes: &file[pickle], at: 0, stack: Vec::new(), marks: Vec::new(), memo: BTreeMap::new() }.run()?;
-    let mut tensors = BTreeMap::new();
-    collect(&value, "", &storage, &mut tensors)?;
-    if tensors.is_empty() { Err("it holds no tensors".into()) } else { Ok(tensors) }
+    let (value, dicts) = Unpickler::new(&file[pickle]).run()?;
+    let mut collector = Collector { dicts: &dicts, storage: &storage, tensors: BTreeMap::new(), num_path_bytes: 0 };
+    collector.collect(&value, "", 0)?;
+    // Elements may be repeated by a stride of zero; what is read as a copy must fit into memory all the same.
+    let is_absurd = |tensor: &TorchTensor| tensor.num_bytes().is_none_or(|bytes| bytes > file.len());
+    match collector.tensors.iter().find(|(_, tensor)| is_absurd(tensor)) {
+        Some((path, tensor)) => {
+            Err(format!("tensor {path} claims the shape {:?}, more than the file holds", tensor.shape))
+        }
+        None if collector.tensors.is_empty() => Err("it holds no tensors".into()),
+        None => Ok(collector.tensors),
+    }
 }
 
-fn collect(
-    value: &Value,
-    path: &str,
-    storage: &dyn Fn(&str) -> Option<Range<usize>>,
-    tensors: &mut BTreeMap<String, TorchTensor>,
-) -> Result<(), String> {
-    match value {
-        Value::Dict(items) => {
-            for (key, value) in items.borrow().iter() {
-                if let Value::Text(key) = key {
+/// Gathers the tensors of nested dictionaries.
+struct Collector<'a> {
+    dicts: &'a [Dict],
+    /// Returns where the storage of a key lies.
+    storage: &'a dyn Fn(&str) -> Option<Range<usize>>,
+    tensors: BTreeMap<String, TorchTensor>,
+    num_path_bytes: usize,
+}
+
+impl Collector<'_> {
+    fn collect(&mut self, value: &Value, path: &str, depth: usize) -> Result<(), String> {
+        match value {
+            Value::Dict(dict) => {
+                let dicts = self.dicts;
+                for (key, value) in &dicts[*dict] {
+                    let Value::Text(key) = key else { continue };
                     let path = if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
-                    collect(value, &path, storage, tensors)?;
+                    self.num_path_bytes += path.len() + 1;
+                    if depth == MAX_DEPTH || self.num_path_bytes > MAX_PATH_BYTES {
+                        return Err("its dictionaries hold each other too often".into());
+                    }
+                    self.collect(value, &path, depth + 1)?;
                 }
+                Ok(())
             }
-            Ok(())
-        }
-        Value::Tensor(view) => {
-            let range =
-                storage(&view.key).ok_or_else(|| format!("tensor {path}: its storage {} is missing", view.key))?;
-            let size = element_size(view.dtype);
-            let start = range.start + view.offset * size;
-            let last: usize =
-                view.shape.iter().zip(&view.stride).map(|(len, stride)| len.saturating_sub(1) * stride).sum();
-            let used = if view.shape.contains(&0) { 0 } else { (last + 1) * size };
-            if start + used > range.end {
-                return Err(format!("tensor {path} reaches beyond its storage"));
+            Value::Tensor(view) => {
+                let range = (self.storage)(&view.key)
+                    .ok_or_else(|| format!("tensor {path}: its storage {} is missing", view.key))?;
+                let bytes = view.place(&range).ok_or_else(|| format!("tensor {path} reaches beyond its storage"))?;
+                let (shape, stride) = (view.shape.clone(), view.stride.clone());
+                self.tensors.insert(path.into(), TorchTensor { bytes, dtype: view.dtype, shape, stride });
+                Ok(())
             }
-            let (shape, stride) = (view.shape.clone(), view.stride.clone());
-            let tensor = TorchTensor { bytes: start..start + used, dtype: view.dtype, shape, stride };
-            tensors.insert(path.into(), tensor);
-            Ok(())
+            _ => Ok(()),
         }
-        _ => Ok(()),
     }
 }
 
@@ -133,13 +154,14 @@ fn zip_entries(file: &[u8]) -> Result<BTreeMap<String, Range<usize>>, String> {
     let end = end.ok_or("it is no zip archive, or it was cut off; checkpoints from before PyTorch 1.6 are not read")?;
     let (mut count, mut at) = (little::<2>(file, end + 10)?, little::<4>(file, end + 16)?);
     if end >= 20 && &file[end - 20..end - 16] == END_64_LOCATOR {
-        let end_64 = little::<8>(file, end - 12)? as usize;
+        let end_64 = (little::<8>(file, end - 12)? as usize).min(file.len());
         (count, at) = (little::<8>(file, end_64 + 32)?, little::<8>(file, end_64 + 48)?);
     }
     let mut at = at as usize;
     let mut entries = BTreeMap::new();
     for _ in 0..count {
-        if file.get(at..at + 4) != Some(b"PK\x01\x02") {
+        // From here on `at` lies inside the file, and no sum of it with sizes of 16 bits is too large for a number.
+        if file.get(at..).is_none_or(|rest| !rest.starts_with(b"PK\x01\x02")) {
             return Err("the directory of the archive is damaged".into());
         }
         let method = little::<2>(file, at + 10)?;
@@ -170,13 +192,12 @@ fn zip_entries(file: &[u8]) -> Result<BTreeMap<String, Range<usize>>, String> {
         if method != 0 {
             return Err(format!("the entry {text} is compressed, which torch.save never does"));
         }
-        let start = start as usize;
+        let beyond = || format!("the entry {text} reaches beyond the end of the file");
+        let start = usize::try_from(start).ok().filter(|&start| start < file.len()).ok_or_else(beyond)?;
         let data = start + 30 + little::<2>(file, start + 26)? as usize + little::<2>(file, start + 28)? as usize;
-        let range = data..data + size as usize;
-        if range.end > file.len() {
-            return Err(format!("the entry {text} reaches beyond the end of the file"));
-        }
-        entries.insert(text, range);
+        let end = usize::try_from(size).ok().and_then(|size| data.checked_add(size));
+        let end = end.filter(|&end| end <= file.len()).ok_or_else(beyond)?;
+        entries.insert(text, data..end);
         at += 46 + name + extra + comment;
     }
     Ok(entries)
@@ -192,14 +213,38 @@ struct View {
     stride: Vec<usize>,
 }
 
+impl View {
+    /// Returns the bytes from its first element to its last, in a storage that lies at `range`; nothing when they reach
+    /// beyond it.
+    fn place(&self, range: &Range<usize>) -> Option<Range<usize>> {
+        let size = element_size(self.dtype);
+        let start = self.offset.checked_mul(size)?.checked_add(range.start)?;
+        let last =
+            self.shape.iter().zip(&self.stride).try_fold(0usize, |last, (len, stride)| {
+                last.checked_add(len.saturating_sub(1).checked_mul(*stride)?)
+            })?;
+        let used = if self.shape.contains(&0) { 0 } else { last.checked_add(1)?.checked_mul(size)? };
+        let end = start.checked_add(used)?;
+        (end <= range.end).then_some(start..end)
+    }
+}
+
+/// Items of a dictionary, in order.
+type Dict = Vec<(Value, Value)>;
+
 /// What the pickle machine knows; everything else is `Other`.
 #[derive(Debug, Clone)]
 enum Value {
     Other,
     Int(i64),
     Text(Rc<str>),
-    Tuple(Rc<[Value]>),
-    Dict(Rc<RefCell<Vec<(Value, Value)>>>),
+    Tuple {
+        items: Rc<[Value]>,
+        /// Tuples inside of each other: they are dropped one inside the other, which costs stack.
+        depth: usize,
+    },
+    /// By its number: dictionaries may hold each other.
+    Dict(usize),
     /// Module and name of a class or function.
     Global(Rc<str>),
     Storage {
@@ -219,7 +264,7 @@ impl Value {
 
     fn sizes(&self) -> Result<Vec<usize>, String> {
         match self {
-            Self::Tuple(items) => items.iter().map(Self::size).collect(),
+            Self::Tuple { items, .. } => items.iter().map(Self::size).collect(),
             _ => Err("a tensor's shape is no tuple".into()),
         }
     }
@@ -248,20 +293,26 @@ struct Unpickler<'a> {
     stack: Vec<Value>,
     marks: Vec<usize>,
     memo: BTreeMap<u64, Value>,
+    dicts: Vec<Dict>,
 }
 
-impl Unpickler<'_> {
-    fn run(mut self) -> Result<Value, String> {
+impl<'a> Unpickler<'a> {
+    fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: BTreeMap::new(), dicts: Vec::new() }
+    }
+
+    /// Returns what the pickle stands for, and its dictionaries by number.
+    fn run(mut self) -> Result<(Value, Vec<Dict>), String> {
         loop {
             let opcode = self.number::<1>()? as u8;
             match opcode {
-                b'.' => return self.pop(),
+                b'.' => return Ok((self.pop()?, self.dicts)),
                 0x80 => drop(self.number::<1>()?),
                 0x95 => drop(self.number::<8>()?),
                 b'(' => self.marks.push(self.stack.len()),
                 b'N' | 0x88 | 0x89 | b']' | 0x8f => self.stack.push(Value::Other),
-                b'}' => self.stack.push(Value::Dict(Rc::default())),
-                b')' => self.stack.push(Value::Tuple(Rc::from([]))),
+                b'}' => self.push_dict(),
+                b')' => self.push_tuple(Vec::new())?,
                 b'K' => self.push_int::<1>()?,
                 b'M' => self.push_int::<2>()?,
                 b'J' => self.push_int::<4>()?,
@@ -292,12 +343,12 @@ impl Unpickler<'_> {
                 b'j' => self.recall::<4>()?,
                 b't' => {
                     let items = self.pop_to_mark()?;
-                    self.stack.push(Value::Tuple(items.into()));
+                    self.push_tuple(items)?;
                 }
                 0x85..=0x87 => {
                     let first = self.stack.len().checked_sub(usize::from(opcode) - 0x84).ok_or(UNDERFLOW)?;
                     let items = self.stack.split_off(first);
-                    self.stack.push(Value::Tuple(items.into()));
+                    self.push_tuple(items)?;
                 }
                 b's' => {
                     let (value, key) = (self.pop()?, self.pop()?);
@@ -312,7 +363,10 @@ impl Unpickler<'_> {
                 b'b' | b'0' => drop(self.pop()?),
                 b'R' | 0x81 => {
                     let (arguments, class) = (self.pop()?, self.pop()?);
-                    self.stack.push(call(&class, &arguments)?);
+                    match call(&class, &arguments)? {
+                        Made::Value(value) => self.stack.push(value),
+                        Made::Dict => self.push_dict(),
+                    }
                 }
                 b'Q' => {
                     let id = self.pop()?;
@@ -321,6 +375,21 @@ impl Unpickler<'_> {
                 other => return Err(format!("the pickle has the unknown opcode {other:#04x}")),
             }
         }
+    }
+
+    fn push_dict(&mut self) {
+        self.stack.push(Value::Dict(self.dicts.len()));
+        self.dicts.push(Dict::new());
+    }
+
+    fn push_tuple(&mut self, items: Vec<Value>) -> Result<(), String> {
+        let depth_of = |item: &Value| if let Value::Tuple { depth, .. } = item { *depth } else { 0 };
+        let depth = 1 + items.iter().map(depth_of).max().unwrap_or(0);
+        if depth > MAX_DEPTH {
+            return Err("its tuples hold each other too deeply".into());
+        }
+        self.stack.push(Value::Tuple { items: items.into(), depth });
+        Ok(())
     }
 
     fn number<const N: usize>(&mut self) -> Result<u64, String> {
@@ -392,8 +461,8 @@ impl Unpickler<'_> {
     }
 
     fn set_items(&mut self, items: Vec<Value>) -> Result<(), String> {
-        if let Value::Dict(dict) = self.top()? {
-            dict.borrow_mut().extend(items.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())));
+        if let Value::Dict(dict) = *self.top()? {
+            self.dicts[dict].extend(items.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].clone())));
         }
         Ok(())
     }
@@ -415,28 +484,36 @@ impl Unpickler<'_> {
 
 const UNDERFLOW: &str = "the pickle takes more than it has put down";
 
+/// What a call gives.
+enum Made {
+    Value(Value),
+    /// An empty dictionary.
+    Dict,
+}
+
 /// Returns what a class or function gives, for the few that make up a state dict; nothing is run.
-fn call(class: &Value, arguments: &Value) -> Result<Value, String> {
-    let (Value::Global(name), Value::Tuple(arguments)) = (class, arguments) else { return Ok(Value::Other) };
-    match (name.as_ref(), arguments.as_ref()) {
-        ("collections.OrderedDict", _) => Ok(Value::Dict(Rc::default())),
-        ("torch._utils._rebuild_parameter", [value, ..]) => Ok(value.clone()),
+fn call(class: &Value, arguments: &Value) -> Result<Made, String> {
+    let other = Ok(Made::Value(Value::Other));
+    let (Value::Global(name), Value::Tuple { items, .. }) = (class, arguments) else { return other };
+    match (name.as_ref(), items.as_ref()) {
+        ("collections.OrderedDict", _) => Ok(Made::Dict),
+        ("torch._utils._rebuild_parameter", [value, ..]) => Ok(Made::Value(value.clone())),
         ("torch._utils._rebuild_tensor_v2", [Value::Storage { key, dtype }, offset, shape, stride, ..]) => {
             let (shape, stride) = (shape.sizes()?, stride.sizes()?);
             if shape.len() != stride.len() {
                 return Err("a tensor's shape and stride have different lengths".into());
             }
             let view = View { key: key.clone(), dtype: *dtype, offset: offset.size()?, shape, stride };
-            Ok(Value::Tensor(Rc::new(view)))
+            Ok(Made::Value(Value::Tensor(Rc::new(view))))
         }
-        _ => Ok(Value::Other),
+        _ => other,
     }
 }
 
 /// Returns the storage that a persistent id names: ("storage", class, key, location, elements).
 fn storage(id: &Value) -> Result<Value, String> {
     match id {
-        Value::Tuple(parts) => match parts.as_ref() {
+        Value::Tuple { items, .. } => match items.as_ref() {
             [Value::Text(_), Value::Global(class), Value::Text(key), ..] => {
                 Ok(Value::Storage { key: key.clone(), dtype: storage_type(class)? })
             }
