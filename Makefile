@@ -41,6 +41,7 @@ fmt:
 lint:
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --release --locked $(HEAVY) --all-targets -- -D warnings
+	cargo clippy --locked -p deepgen-data --features cloud --all-targets -- -D warnings
 
 base: build            ## makes the base weights of the shapes world anew (about 10 minutes on 2 cores)
 	$(TARGET)/release/deepgen run pipelines/base.toml
