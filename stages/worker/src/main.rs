@@ -25,6 +25,8 @@ mod guard;
 mod inspect;
 mod items;
 mod job;
+mod learner;
+mod micro_batches;
 mod model_folder;
 mod nft;
 mod objective;

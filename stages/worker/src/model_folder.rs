@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use burn::module::Module;
 use burn::tensor::TensorData;
 use deepgen_contract::model::ModelSpec;
 use deepgen_contract::precision::PrecisionSettings;
@@ -94,7 +95,7 @@ fn differences<T: serde::Serialize>(wanted: &T, found: &T) -> String {
 ///
 /// # Errors
 /// When a tensor has no parameter or another number of elements.
-pub fn lay_over(model: DeepGen, file: &WeightFile, prefix: &str) -> JobResult<DeepGen> {
+pub fn lay_over<M: Module>(model: M, file: &WeightFile, prefix: &str) -> JobResult<M> {
     let mut shapes = BTreeMap::new();
     weights::for_each_param(&model, |name, param| {
         shapes.insert(name.to_owned(), param.shape());
@@ -121,7 +122,7 @@ pub fn lay_over(model: DeepGen, file: &WeightFile, prefix: &str) -> JobResult<De
 }
 
 /// Returns names and values of the parameters that train.
-pub fn trained(model: &DeepGen) -> Vec<(String, TensorData)> {
+pub fn trained<M: Module>(model: &M) -> Vec<(String, TensorData)> {
     let mut tensors = Vec::new();
     weights::for_each_param(model, |name, param| {
         if param.is_trainable() {

@@ -52,11 +52,49 @@ impl GradientSum {
         self.by_name.is_empty()
     }
 
-    /// Returns the norm over all gradients together.
-    pub fn global_norm(&self) -> f64 {
-        self.by_name.values().map(|gradient| fused::sum_of_squares(gradient.clone())).sum::<f64>().sqrt()
+    /// Adds the gradients of another sum.
+    pub fn merge(&mut self, other: Self) {
+        for (name, gradient) in other.by_name {
+            let sum = match self.by_name.remove(&name) {
+                Some(sum) => sum + gradient,
+                None => gradient,
+            };
+            self.by_name.insert(name, sum);
+        }
+    }
+
+    /// Checks the norm over all gradients together, before anything is changed by them.
+    ///
+    /// # Errors
+    /// When it is NaN or infinite: names the step and the tensors that it comes from.
+    pub fn ensure_finite(self, step: u64) -> JobResult<FiniteGradients> {
+        let squares: Vec<f64> = self.by_name.values().map(|g| fused::sum_of_squares(g.clone())).collect();
+        let norm = squares.iter().sum::<f64>().sqrt();
+        if norm.is_finite() {
+            return Ok(FiniteGradients { sum: self, norm });
+        }
+        let named = self.by_name.keys().zip(&squares).filter(|(_, square)| !square.is_finite());
+        let bad: Vec<&str> = named.map(|(name, _)| name.as_str()).collect();
+        Err(JobError::non_finite(format!(
+            "the gradient norm is {norm} at step {}, by {} of {} tensors ({}{}), though every loss is finite; the update was \
+             not made and the last checkpoint stays. Lower `optimizer.lr`, or look at the samples of that update",
+            step + 1,
+            bad.len(),
+            squares.len(),
+            bad.iter().take(NUM_NAMED).copied().collect::<Vec<_>>().join(", "),
+            if bad.len() > NUM_NAMED { ", ..." } else { "" },
+        )))
     }
 }
+
+/// Gradients whose norm is a number: all that an update is made of.
+pub struct FiniteGradients {
+    sum: GradientSum,
+    norm: f64,
+}
+
+/// Tensors that an error names.
+const NUM_NAMED: usize = 3;
 
 /// AdamW with decoupled decay of parameters that have two or more dimensions.
 pub struct AdamW {
@@ -82,18 +120,8 @@ impl AdamW {
     }
 
     /// Clips by the global norm and updates `module`; returns it and the norm before clipping.
-    ///
-    /// # Errors
-    /// When the norm is NaN or infinite: `module` is then given up and no moment has changed.
-    pub fn update<M: Module>(&mut self, module: M, gradients: GradientSum, lr: f64) -> JobResult<(M, f64)> {
-        let norm = gradients.global_norm();
-        if !norm.is_finite() {
-            return Err(JobError::non_finite(format!("the gradient norm is {norm} at update {}", self.updates + 1)));
-        }
-        Ok((self.apply(module, gradients, norm, lr), norm))
-    }
-
-    fn apply<M: Module>(&mut self, module: M, mut gradients: GradientSum, norm: f64, lr: f64) -> M {
+    pub fn update<M: Module>(&mut self, module: M, gradients: FiniteGradients, lr: f64) -> (M, f64) {
+        let FiniteGradients { sum: mut gradients, norm } = gradients;
         self.updates += 1;
         let OptimizerSettings { betas, eps, weight_decay, clip_norm, .. } = self.settings;
         let gradient_scale = if clip_norm > 0.0 { (clip_norm / (norm + 1e-6)).min(1.0) } else { 1.0 };
@@ -101,14 +129,15 @@ impl AdamW {
         weights::for_each_param(&module, |name, param| {
             ranks.insert(name.to_owned(), param.shape().len());
         });
-        weights::map_params(module, |name, value| {
+        let module = weights::map_params(module, |name, value| {
             let Some(gradient) = gradients.by_name.remove(name) else { return value };
             let decay = if ranks[name] >= 2 { 1.0 - lr * weight_decay } else { 1.0 };
             let step = AdamWStep { updates: self.updates, lr, betas, eps, decay, gradient_scale };
             let (value, moments) = fused::adamw(value, gradient, self.moments.remove(name), &step);
             self.moments.insert(name.to_owned(), moments);
             value
-        })
+        });
+        (module, norm)
     }
 
     /// Returns the state by name, for a checkpoint; names begin with [`PREFIX`].

@@ -1,12 +1,13 @@
-//! Keeps the batch that a non-finite loss came from, for a person to look at.
+//! Keeps the batch that a non-finite loss or gradient came from, for a person to look at.
 //!
 //! Knows batches, not losses. A batch is a folder `non_finite/step-<n>` in the job directory: `batch.json` with key, text and
-//! images of each sample, and the images as the model got them.
+//! images of each sample, and the images as the model got them; in stage 3 also the drawn images, in `rollout/`.
 
 use std::path::Path;
 
 use deepgen_data::batch::Batch;
 use deepgen_data::resize::Pixels;
+use image::RgbImage;
 use serde::Serialize;
 
 use crate::error::{JobResult, OrFail};
@@ -15,12 +16,29 @@ use crate::job::JobContext;
 
 /// Folder of kept batches within a job directory.
 const SUSPECTS_DIR: &str = "non_finite";
+/// Description of a kept batch, written last.
+const BATCH_FILE: &str = "batch.json";
 
 #[derive(Serialize)]
 struct KeptBatch<'a> {
     step: u64,
     why: &'a str,
     samples: Vec<KeptSample<'a>>,
+}
+
+#[derive(Serialize)]
+struct KeptRollout<'a> {
+    step: u64,
+    why: &'a str,
+    images: Vec<KeptImage<'a>>,
+}
+
+#[derive(Serialize)]
+struct KeptImage<'a> {
+    text: &'a str,
+    image: String,
+    /// Absent when it is NaN or infinite.
+    advantage: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -39,9 +57,43 @@ struct KeptSample<'a> {
 /// # Errors
 /// When the disk is full or cannot be written.
 pub fn keep(context: &JobContext, step: u64, why: &str, batch: &Batch) -> JobResult<String> {
-    let name = format!("{SUSPECTS_DIR}/step-{:08}", step + 1);
-    write(&context.dir.join(&name), step, why, batch).or_io(|| format!("keep a batch in {name}"))?;
+    let name = folder_of(step);
+    // What was kept before says more closely why: its own loss was not finite.
+    if !context.dir.join(&name).join(BATCH_FILE).exists() {
+        write(&context.dir.join(&name), step, why, batch).or_io(|| format!("keep a batch in {name}"))?;
+    }
     Ok(name)
+}
+
+/// Writes a group of drawn images for each prompt, with what became of each, and returns the folder.
+///
+/// # Errors
+/// As [`keep`].
+pub fn keep_rollout(
+    context: &JobContext,
+    step: u64,
+    why: &str,
+    (prompts, images, advantages): (&[String], &[RgbImage], &[f32]),
+) -> JobResult<String> {
+    let name = folder_of(step);
+    let folder = context.dir.join(&name).join("rollout");
+    let doing = || format!("keep drawn images in {name}");
+    std::fs::create_dir_all(&folder).or_io(doing)?;
+    let group_size = images.len() / prompts.len().max(1);
+    let mut kept = Vec::new();
+    for (number, image) in images.iter().enumerate() {
+        let file = format!("{number}.png");
+        image.save(folder.join(&file)).or_io(doing)?;
+        let advantage = advantages.get(number).map(|&value| f64::from(value)).filter(|value| value.is_finite());
+        kept.push(KeptImage { text: &prompts[number / group_size.max(1)], image: file, advantage });
+    }
+    let rollout = KeptRollout { step: step + 1, why, images: kept };
+    files::write_json(&folder.join("rollout.json"), &rollout).or_io(doing)?;
+    Ok(format!("{name}/rollout"))
+}
+
+fn folder_of(step: u64) -> String {
+    format!("{SUSPECTS_DIR}/step-{:08}", step + 1)
 }
 
 fn write(folder: &Path, step: u64, why: &str, batch: &Batch) -> std::io::Result<()> {
@@ -63,7 +115,7 @@ fn write(folder: &Path, step: u64, why: &str, batch: &Batch) -> std::io::Result<
             image: save(image, format!("{number}.png"))?,
         });
     }
-    files::write_json(&folder.join("batch.json"), &KeptBatch { step: step + 1, why, samples })
+    files::write_json(&folder.join(BATCH_FILE), &KeptBatch { step: step + 1, why, samples })
 }
 
 #[cfg(test)]

@@ -27,6 +27,7 @@ use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::ensure_finite_loss;
 use crate::flow_step::FlowStep;
+use crate::learner::Learner;
 use crate::optimize::{AdamW, GradientSum, schedule_factor};
 use crate::padded_ids::pad_right;
 
@@ -97,8 +98,15 @@ impl WarmStart {
     /// Makes one iteration on the texts of `batch`; an update follows the last of every `accumulation`.
     ///
     /// # Errors
-    /// When a text does not fit the padding or the loss is not finite.
-    pub fn step(&mut self, model: DeepGen, flow: &FlowStep, batch: &Batch, step: u64) -> JobResult<(DeepGen, Metrics)> {
+    /// When a text does not fit the padding, or the loss or the gradients are not finite: nothing is changed by them.
+    pub fn step(
+        &mut self,
+        learner: &mut Learner<DeepGen>,
+        flow: &FlowStep,
+        batch: &Batch,
+        step: u64,
+    ) -> JobResult<Metrics> {
+        let model = learner.model();
         let plain = flow.device.clone().without_autodiff();
         let texts: Vec<String> = match self.settings.literal {
             true => (0..batch.texts.len()).map(|i| self.literal(batch, i)).collect::<JobResult<_>>()?,
@@ -114,15 +122,16 @@ impl WarmStart {
         let loss = relative_error(condition.sequence, target) + relative_error(condition.pooled, pooled);
         let value = f64::from(loss.clone().into_scalar::<f32>());
         ensure_finite_loss(step, "warm_start/loss", value, &batch.keys)?;
-        self.gradients.add(&model, loss.backward(), 1.0 / self.accumulation as f64);
+        self.gradients.add(model, loss.backward(), 1.0 / self.accumulation as f64);
         let mut metrics = Metrics::from([("warm_start/loss".to_owned(), value)]);
         if !(step + 1).is_multiple_of(self.accumulation) {
-            return Ok((model, metrics));
+            return Ok(metrics);
         }
         let lr = self.settings.lr * schedule_factor(&self.schedule, step, self.iters());
-        let (model, _) = self.optimizer.update(model, std::mem::take(&mut self.gradients), lr)?;
+        let gradients = std::mem::take(&mut self.gradients).ensure_finite(step)?;
+        learner.replace(|model| self.optimizer.update(model, gradients, lr).0);
         metrics.insert("warm_start/lr".to_owned(), lr);
-        Ok((model, metrics))
+        Ok(metrics)
     }
 
     /// Returns what the encoder reads for sample `i`: the caption, or a description of the image that it determines.

@@ -123,7 +123,7 @@ impl Run {
                 sum.add(&net, loss.backward(), 1.0 / self.accumulation as f64);
             }
             let norm;
-            (net, norm) = optimizer.update(net, sum, lr)?;
+            (net, norm) = optimizer.update(net, sum.ensure_finite(update as u64)?, lr);
             norms.push(norm as f32);
             states.push(snapshot(&net, &optimizer));
         }
@@ -254,7 +254,7 @@ pub fn curve(case: &Case, check: &mut Checker) -> ParityResult<()> {
         sum.add(&dit, found.backward(), 1.0);
         let lr = options.lr * schedule_factor(&options.schedule, step as u64, total);
         let norm;
-        (dit, norm) = optimizer.update(dit, sum, lr)?;
+        (dit, norm) = optimizer.update(dit, sum.ensure_finite(step as u64)?, lr);
         norms.push(norm as f32);
         rates.push(lr as f32);
         levels.extend(sigmas);

@@ -217,7 +217,7 @@ impl Trainer for DitTrainer {
         ensure_finite_loss(step, name, value, &batch.keys)?;
         let mut sum = GradientSum::default();
         sum.add(&model, loss.backward(), 1.0);
-        let (model, norm) = self.optimizer.update(model, sum, lr)?;
+        let (model, norm) = self.optimizer.update(model, sum.ensure_finite(step)?, lr);
         self.model = Some(model);
         Ok(Metrics::from([(name.to_owned(), value), ("train/grad_norm".into(), norm), ("train/lr".into(), lr)]))
     }

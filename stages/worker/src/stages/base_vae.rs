@@ -131,7 +131,7 @@ impl Trainer for VaeTrainer {
         metrics.insert("train/lr".into(), lr);
         let mut sum = GradientSum::default();
         sum.add(&vae, loss.backward(), 1.0);
-        let (vae, norm) = self.optimizer.update(vae, sum, lr)?;
+        let (vae, norm) = self.optimizer.update(vae, sum.ensure_finite(step)?, lr);
         metrics.insert("train/grad_norm".into(), norm);
         self.vae = Some(vae);
         Ok(metrics)

@@ -171,7 +171,7 @@ impl Trainer for VlmTrainer {
             self.settings.optimizer.lr * schedule_factor(&self.settings.optimizer.schedule, step, self.settings.steps);
         let mut sum = GradientSum::default();
         sum.add(&vlm, loss.backward(), 1.0);
-        let (vlm, norm) = self.optimizer.update(vlm, sum, lr)?;
+        let (vlm, norm) = self.optimizer.update(vlm, sum.ensure_finite(step)?, lr);
         self.vlm = Some(vlm);
         Ok(Metrics::from([(name.to_owned(), value), ("train/grad_norm".into(), norm), ("train/lr".into(), lr)]))
     }

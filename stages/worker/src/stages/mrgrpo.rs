@@ -10,8 +10,8 @@ use burn::module::Module;
 use burn::tensor::{FloatDType, TensorData};
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::rl::{RlSettings, RolloutSettings, UpdateGranularity};
-use deepgen_contract::train::{FloatKind, OnNonFinite};
-use deepgen_data::batch::Loader;
+use deepgen_contract::train::FloatKind;
+use deepgen_data::batch::{Batch, Loader};
 use deepgen_data::mixture::Mixture;
 use deepgen_data::prompt::encode_text_to_image;
 use deepgen_data::sample::{SetKind, Task};
@@ -29,20 +29,20 @@ use crate::advantage::RewardTable;
 use crate::checkpoint::NamedTensors;
 use crate::device;
 use crate::emit::Metrics;
-use crate::error::{JobResult, OrFail};
+use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
 use crate::flow_step::{Draws, FlowStep, Sigmas};
 use crate::job::{JobContext, JobEnd, JobReport};
+use crate::learner::{Learner, UpdateRule, leave_out};
 use crate::model_folder;
 use crate::objective::{Prediction, policy_loss};
-use crate::optimize::{self, AdamW, GradientSum, schedule_factor};
+use crate::optimize::schedule_factor;
 use crate::precision;
 use crate::rewards::{Rewards, WeightedPrompt};
 use crate::rollout::{Rollout, roll_out, velocity};
 use crate::sampling::{Sampling, draw, initial_noise};
+use crate::suspects;
 
-/// Name prefix of trained parameters in a checkpoint.
-const PREFIX: &str = "trained.";
 /// Images of an evaluation batch.
 const EVALUATION_BATCH: usize = 48;
 /// Images of an evaluation that are shown beside the curves.
@@ -70,16 +70,15 @@ pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd>
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
-    model_folder::write_checkpoint(trainer.model(), None, &context.out())?;
-    notes.push(format!("{} updates of the optimiser", trainer.optimizer.updates()));
+    model_folder::write_checkpoint(trainer.learner.model(), None, &context.out())?;
+    notes.push(format!("{} updates of the optimiser", trainer.learner.updates()));
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
 
 struct RlTrainer {
-    model: Option<DeepGen>,
+    learner: Learner<DeepGen>,
     /// The policy as it was before the first update; never changed (docs/spec/rl.md section 8).
     reference: DeepGen,
-    optimizer: AdamW,
     prompts: Mixture,
     tokenizer: Tokenizer,
     rewards: Rewards,
@@ -133,8 +132,17 @@ impl RlTrainer {
                 draws: Draws::Seeded(seed),
                 device,
             },
-            model: Some(model),
-            optimizer: AdamW::new(&settings.optimizer),
+            learner: Learner::new(
+                model,
+                UpdateRule {
+                    optimizer: settings.optimizer.clone(),
+                    accumulation: 1,
+                    total: settings.policy.iterations,
+                    steps_before: 0,
+                    on_non_finite: settings.policy.on_non_finite,
+                    ema: None,
+                },
+            ),
             tokenizer: model_folder::load_tokenizer(&weights)?,
             prompts,
             rewards,
@@ -143,10 +151,6 @@ impl RlTrainer {
             seed,
             plain,
         })
-    }
-
-    fn model(&self) -> &DeepGen {
-        self.model.as_ref().expect("a step leaves the weights in place")
     }
 
     fn weighted_prompts(&self, items: &[ItemRef]) -> JobResult<Vec<WeightedPrompt>> {
@@ -181,43 +185,75 @@ impl RlTrainer {
     }
 
     /// Adds gradients and, when every backward pass is an update, makes it.
-    fn absorb(&mut self, loss: Tensor<1>, sum: &mut GradientSum, total: u64, metrics: &mut Sums) -> JobResult<()> {
-        let model = self.model.take().expect("a step leaves the weights in place");
-        sum.add(&model, loss.backward(), 1.0);
-        self.model = Some(model);
-        if self.settings.policy.update_granularity == UpdateGranularity::PerBackward {
-            self.update(std::mem::take(sum), total, metrics)?;
+    fn absorb(
+        &mut self,
+        loss: Tensor<1>,
+        place: Place<'_>,
+        metrics: &mut Sums,
+        context: &mut JobContext,
+    ) -> JobResult<()> {
+        self.learner.add(loss, 1.0);
+        match self.settings.policy.update_granularity {
+            UpdateGranularity::PerBackward => self.update(place, metrics, context),
+            UpdateGranularity::PerIteration => Ok(()),
+        }
+    }
+
+    fn update(&mut self, place: Place<'_>, metrics: &mut Sums, context: &mut JobContext) -> JobResult<()> {
+        let optimizer = &self.settings.optimizer;
+        let lr = optimizer.lr * schedule_factor(&optimizer.schedule, self.learner.updates(), place.total);
+        match self.learner.update(place.iteration, lr) {
+            Ok(None) => {}
+            Ok(Some(norm)) => {
+                metrics.add("train/grad_norm", norm);
+                metrics.add("train/lr", lr);
+            }
+            Err(error) => self.leave_out(error, place, context)?,
         }
         Ok(())
     }
 
-    fn update(&mut self, sum: GradientSum, total: u64, metrics: &mut Sums) -> JobResult<()> {
-        if sum.is_empty() {
-            return Ok(());
+    /// Does what the policy says about a number that is not finite, with the drawn images and the auxiliary batch kept.
+    fn leave_out(&self, error: JobError, place: Place<'_>, context: &mut JobContext) -> JobResult<()> {
+        let kept = self.keep(&error.message, place, context);
+        leave_out(self.settings.policy.on_non_finite, error, kept, context)
+    }
+
+    fn keep(&self, why: &str, place: Place<'_>, context: &JobContext) -> JobResult<String> {
+        let drawn = (place.prompts, place.rollout.images.as_slice(), place.advantages);
+        let drawn = suspects::keep_rollout(context, place.iteration, why, drawn)?;
+        match self.auxiliary_batch(place.iteration)? {
+            Some(batch) => Ok(format!("{drawn}, {}", suspects::keep(context, place.iteration, why, &batch)?)),
+            None => Ok(drawn),
         }
-        let optimizer = &self.settings.optimizer;
-        let lr = optimizer.lr * schedule_factor(&optimizer.schedule, self.optimizer.updates(), total);
-        let model = self.model.take().expect("a step leaves the weights in place");
-        let (model, norm) = self.optimizer.update(model, sum, lr)?;
-        self.model = Some(model);
-        metrics.add("train/grad_norm", norm);
-        metrics.add("train/lr", lr);
-        Ok(())
+    }
+
+    /// Returns the batch of the auxiliary loss, if the iteration has one.
+    fn auxiliary_batch(&self, iteration: u64) -> JobResult<Option<Batch>> {
+        let Some(loader) = &self.auxiliary else { return Ok(None) };
+        if !iteration.is_multiple_of(self.settings.sft.every.max(1)) {
+            return Ok(None);
+        }
+        let batch = self.settings.sft.batch as u64;
+        let items = loader.mixture.items(SetKind::Generation, Shard::single(self.seed), iteration * batch, batch);
+        let items = items.or_input(|| "the auxiliary data")?;
+        let loaded = loader.load_items_with_dropout(Task::TextToImage, &items, self.seed, iteration);
+        loaded.or_input(|| "load an auxiliary batch").map(Some)
     }
 
     /// Makes the policy updates of an iteration.
     fn improve(
         &mut self,
         iteration: u64,
-        rollout: &Rollout,
-        advantages: &[f32],
-        keys: &[String],
+        (rollout, advantages): (&Rollout, &[f32]),
+        prompts: &[String],
         metrics: &mut Sums,
-        sum: &mut GradientSum,
+        context: &mut JobContext,
     ) -> JobResult<()> {
         let policy = self.settings.policy.clone();
         let chosen = self.trained_steps(iteration);
         let total = policy.iterations * (chosen.len() as u64 + 1);
+        let place = Place { iteration, total, rollout, advantages, prompts };
         let weight = (1.0 - self.settings.sft.coef) / chosen.len() as f64;
         let device = self.flow.device.clone();
         let advantage = Tensor::<1>::from_data(TensorData::new(advantages.to_vec(), [advantages.len()]), &device);
@@ -225,7 +261,7 @@ impl RlTrainer {
         for (order, &number) in chosen.iter().enumerate() {
             let step = &rollout.steps[number];
             let before = Tensor::from_inner(step.before.clone());
-            let v = velocity(self.model(), before.clone(), &step.transition, &condition);
+            let v = velocity(self.learner.model(), before.clone(), &step.transition, &condition);
             let mean = step.transition.mean(before, v.clone());
             let new_log_prob = step.transition.log_prob(Tensor::from_inner(step.after.clone()), mean.clone());
             let old = match policy.old_logp_dtype {
@@ -234,6 +270,22 @@ impl RlTrainer {
             };
             let result = policy_loss(new_log_prob, Tensor::from_inner(old), advantage.clone(), policy.clip_range);
             let ratios: Vec<f64> = result.ratio.into_data().iter::<f32>().map(f64::from).collect();
+            let mut loss = result.loss;
+            let mut divergence = None;
+            if policy.beta > 0.0 {
+                let reference_v = velocity(&self.reference, step.before.clone(), &step.transition, &rollout.condition);
+                let reference_mean = step.transition.mean(step.before.clone(), reference_v.clone());
+                let reference =
+                    Prediction { velocity: Tensor::from_inner(reference_v), mean: Tensor::from_inner(reference_mean) };
+                let kl = step.transition.kl(policy.kl, Prediction { velocity: v, mean }, reference);
+                divergence = Some(scalar(kl.clone()));
+                loss = loss + kl.mul_scalar(policy.beta);
+            }
+            let value = scalar(loss.clone());
+            if let Err(error) = ensure_finite_loss(iteration, "rl/policy_loss", value, prompts) {
+                self.leave_out(error, place, context)?;
+                continue;
+            }
             let off = ratios.iter().map(|ratio| (ratio - 1.0).abs()).sum::<f64>() / ratios.len() as f64;
             let clipped = ratios.iter().filter(|ratio| (*ratio - 1.0).abs() > policy.clip_range).count();
             metrics.add("rl/ratio_deviation", off);
@@ -242,45 +294,42 @@ impl RlTrainer {
                 // Before the first update the policy is the one that drew the images.
                 metrics.add("rl/first_ratio_deviation", off);
             }
-            let mut loss = result.loss;
-            if policy.beta > 0.0 {
-                let reference_v = velocity(&self.reference, step.before.clone(), &step.transition, &rollout.condition);
-                let reference_mean = step.transition.mean(step.before.clone(), reference_v.clone());
-                let reference =
-                    Prediction { velocity: Tensor::from_inner(reference_v), mean: Tensor::from_inner(reference_mean) };
-                let kl = step.transition.kl(policy.kl, Prediction { velocity: v, mean }, reference);
-                metrics.add("rl/kl", scalar(kl.clone()));
-                loss = loss + kl.mul_scalar(policy.beta);
+            if let Some(divergence) = divergence {
+                metrics.add("rl/kl", divergence);
             }
-            let value = scalar(loss.clone());
             metrics.add("rl/policy_loss", value);
-            match ensure_finite_loss(iteration, "rl/policy_loss", value, keys) {
-                Ok(()) => self.absorb(loss.mul_scalar(weight), sum, total, metrics)?,
-                Err(error) if policy.on_non_finite != OnNonFinite::Skip => return Err(error),
-                Err(error) => tracing::warn!("left out: {error}"),
+            self.absorb(loss.mul_scalar(weight), place, metrics, context)?;
+        }
+        if let Some(batch) = self.auxiliary_batch(iteration)? {
+            let stream = format!("rl/{iteration}/sft");
+            let loss = self.flow.loss(self.learner.model(), &batch, &stream, &Sigmas::Drawn)?;
+            let value = scalar(loss.clone());
+            match ensure_finite_loss(iteration, "train/loss_text2image", value, &batch.keys) {
+                Ok(()) => {
+                    metrics.add("train/loss_text2image", value);
+                    self.absorb(loss.mul_scalar(self.settings.sft.coef), place, metrics, context)?;
+                }
+                Err(error) => self.leave_out(error, place, context)?,
             }
         }
-        if let Some(loader) = &self.auxiliary
-            && iteration.is_multiple_of(self.settings.sft.every.max(1))
-        {
-            let batch = self.settings.sft.batch as u64;
-            let items = loader.mixture.items(SetKind::Generation, Shard::single(self.seed), iteration * batch, batch);
-            let items = items.or_input(|| "the auxiliary data")?;
-            let loaded = loader.load_items_with_dropout(Task::TextToImage, &items, self.seed, iteration);
-            let loaded = loaded.or_input(|| "load an auxiliary batch")?;
-            let loss = self.flow.loss(self.model(), &loaded, &format!("rl/{iteration}/sft"), &Sigmas::Drawn)?;
-            let value = scalar(loss.clone());
-            ensure_finite_loss(iteration, "train/loss_text2image", value, &loaded.keys)?;
-            metrics.add("train/loss_text2image", value);
-            self.absorb(loss.mul_scalar(self.settings.sft.coef), sum, total, metrics)?;
-        }
-        let rest = std::mem::take(sum);
-        self.update(rest, total, metrics)
+        self.update(place, metrics, context)
     }
 }
 
+/// Where an update stands and what it is made of.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    iteration: u64,
+    /// Updates in all.
+    total: u64,
+    rollout: &'a Rollout,
+    /// One for each image.
+    advantages: &'a [f32],
+    prompts: &'a [String],
+}
+
 impl Trainer for RlTrainer {
-    fn step(&mut self, iteration: u64, _context: &mut JobContext) -> JobResult<Metrics> {
+    fn step(&mut self, iteration: u64, context: &mut JobContext) -> JobResult<Metrics> {
         let rollout_settings = self.settings.rollout.clone();
         let count = rollout_settings.prompts as u64;
         let items = self
@@ -289,7 +338,7 @@ impl Trainer for RlTrainer {
             .or_input(|| "the prompts")?;
         let prompts = self.weighted_prompts(&items)?;
         let batch = self.prompt_batch(prompts.iter().map(|prompt| prompt.text.as_str()))?;
-        let policy = self.model().clone().valid();
+        let policy = self.learner.model().clone().valid();
         let condition = policy.condition(&batch).or_input(|| "read the prompts")?;
         let draws = (self.seed, format!("rl/{iteration}"));
         let rollout = roll_out(&policy, &rollout_settings, &condition, (draws.0, &draws.1), &self.plain)?;
@@ -299,8 +348,7 @@ impl Trainer for RlTrainer {
         let mut metrics = Sums::default();
         self.report_rewards("reward", &table, &mut metrics);
         let keys: Vec<String> = prompts.into_iter().map(|prompt| prompt.text).collect();
-        let mut sum = GradientSum::default();
-        self.improve(iteration, &rollout, &advantages, &keys, &mut metrics, &mut sum)?;
+        self.improve(iteration, (&rollout, &advantages), &keys, &mut metrics, context)?;
         Ok(metrics.means())
     }
 
@@ -309,7 +357,7 @@ impl Trainer for RlTrainer {
         let RolloutSettings { height, width, .. } = self.settings.rollout;
         let evaluation = &self.settings.evaluation;
         let sampling = Sampling { steps: evaluation.steps, guidance: evaluation.guidance, height, width };
-        let model = self.model().clone().valid();
+        let model = self.learner.model().clone().valid();
         let mut metrics = Sums::default();
         let mut num_shown = 0;
         for items in self.prompts.held_out(SetKind::Prompts).chunks(EVALUATION_BATCH) {
@@ -341,16 +389,11 @@ impl Trainer for RlTrainer {
     }
 
     fn tensors(&self) -> NamedTensors {
-        let weights = model_folder::trained(self.model()).into_iter();
-        let mut tensors: NamedTensors = weights.map(|(name, data)| (format!("{PREFIX}{name}"), data)).collect();
-        tensors.extend(self.optimizer.tensors());
-        tensors
+        self.learner.tensors()
     }
 
     fn restore(&mut self, file: &WeightFile) -> JobResult<()> {
-        let model = self.model.take().expect("a step leaves the weights in place");
-        self.model = Some(model_folder::lay_over(model, file, PREFIX)?);
-        self.optimizer.restore(file, optimize::PREFIX, &self.plain)
+        self.learner.restore(file, &self.plain)
     }
 }
 

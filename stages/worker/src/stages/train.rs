@@ -3,40 +3,33 @@
 //! docs/spec/sft.md sections 1 to 4. An iteration is a micro-batch of one task; an update follows every `accumulation` of
 //! them. A warm start of the bridge, which the paper does not have, may come first (`warm_start`).
 
-use std::sync::Arc;
-
 use burn::module::Module;
 use deepgen_contract::artifact::ArtifactKind;
+use deepgen_contract::job::FailureCause;
 use deepgen_contract::model::ModelSpec;
-use deepgen_contract::train::{OnNonFinite, TrainSettings};
+use deepgen_contract::train::TrainSettings;
 use deepgen_data::batch::{Batch, LoadError, Loader};
 use deepgen_data::mixture::Mixture;
-use deepgen_data::prefetch::Prefetch;
 use deepgen_data::sample::{SetKind, Task};
-use deepgen_data::stream::Shard;
 use deepgen_model::checkpointing::with_activation_checkpointing;
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::flow::TrainingTable;
-use deepgen_model::random::with_dropout;
 use deepgen_model::trainable;
 use deepgen_model::weights::WeightFile;
 
 use crate::checkpoint::NamedTensors;
 use crate::device;
-use crate::ema::EmaWeights;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
-use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
+use crate::fit::{FitEnd, FitPlan, Trainer, fit};
 use crate::flow_step::{Draws, FlowStep, Sigmas, loss_name};
 use crate::job::{JobContext, JobEnd, JobReport};
+use crate::learner::{Learner, UpdateRule, leave_out};
+use crate::micro_batches::MicroBatches;
 use crate::model_folder;
-use crate::optimize::{AdamW, GradientSum, schedule_factor};
 use crate::precision;
-use crate::suspects;
 use crate::warm_start::WarmStart;
 
-/// Name prefix of trained parameters in a checkpoint.
-const PREFIX: &str = "trained.";
 /// Samples of a validation batch.
 const VALIDATION_BATCH: usize = 32;
 
@@ -63,30 +56,23 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
-    let mixture = &trainer.loader.mixture;
+    let mixture = &trainer.batches.loader.mixture;
     let num_drawn = mixture.num_drawn(trainer.seed, 1, settings.train.max_iters);
     let total = num_drawn.iter().sum::<u64>().max(1) as f64;
     for (member, &count) in mixture.description().members.iter().zip(&num_drawn) {
         metrics.insert(format!("data/share/{}", member.name), count as f64 / total);
     }
     context.emitter.note(mixture.realised_table(&num_drawn));
-    model_folder::write_checkpoint(trainer.model(), trainer.ema.as_ref(), &context.out())?;
+    model_folder::write_checkpoint(trainer.learner.model(), trainer.learner.ema(), &context.out())?;
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
 
 struct StageTrainer {
-    model: Option<DeepGen>,
-    optimizer: AdamW,
-    ema: Option<EmaWeights>,
-    gradients: GradientSum,
-    flow: FlowStep,
-    loader: Arc<Loader>,
-    prefetch: Option<(u64, Prefetch<Result<Batch, LoadError>>)>,
+    learner: Learner<DeepGen>,
+    batches: MicroBatches,
     held_out: Vec<(Task, Vec<Batch>)>,
     warm_start: Option<WarmStart>,
     settings: TrainSettings,
-    /// Threads that prepare batches: as many as the job may use. The batches do not depend on it.
-    loader_threads: usize,
     seed: u64,
 }
 
@@ -145,51 +131,42 @@ impl StageTrainer {
             draws: Draws::Seeded(seed),
             device,
         };
+        let steps_before = warm_start.as_ref().map_or(0, WarmStart::iters);
+        let rule = UpdateRule {
+            optimizer: settings.optimizer.clone(),
+            accumulation: settings.train.accumulation,
+            total: settings.train.max_iters,
+            steps_before,
+            on_non_finite: settings.train.on_non_finite,
+            ema: settings.train.ema,
+        };
+        let held_out = held_out_batches(&loader)?;
+        let prepared = (settings.train.prefetch, context.spec.threads);
         Ok(Self {
-            held_out: held_out_batches(&loader)?,
-            ema: settings.train.ema.as_ref().map(|ema| EmaWeights::new(ema, &model)),
-            model: Some(model),
-            optimizer: AdamW::new(&settings.optimizer),
-            gradients: GradientSum::default(),
-            flow,
-            loader: Arc::new(loader),
-            prefetch: None,
+            learner: Learner::new(model, rule),
+            batches: MicroBatches::new(loader, flow, prepared, seed, steps_before),
+            held_out,
             warm_start,
             settings: settings.clone(),
-            loader_threads: context.spec.threads.max(1),
             seed,
         })
-    }
-
-    fn model(&self) -> &DeepGen {
-        self.model.as_ref().expect("a step leaves the weights in place")
     }
 
     fn num_warm_iters(&self) -> u64 {
         self.warm_start.as_ref().map_or(0, WarmStart::iters)
     }
 
-    /// Returns batch `iteration`, prepared ahead by other threads; a jump, as after a resume, starts them anew.
-    fn batch(&mut self, iteration: u64) -> JobResult<Batch> {
-        if self.prefetch.as_ref().is_none_or(|(next, _)| *next != iteration) {
-            let (loader, shard) = (Arc::clone(&self.loader), Shard::single(self.seed));
-            let (depth, threads) = (self.settings.train.prefetch.max(1), self.loader_threads);
-            let job = move |number| loader.load(shard, number);
-            self.prefetch = Some((iteration, Prefetch::new(iteration..u64::MAX, depth, threads, job)));
-        }
-        let (next, prefetch) = self.prefetch.as_mut().expect("it was started above");
-        *next += 1;
-        let batch = prefetch.next().ok_or_else(|| JobError::internal("the loader ended"))?;
-        batch.or_input(|| format!("load batch {iteration}"))
-    }
-
-    fn warm_step(&mut self, step: u64) -> JobResult<Metrics> {
-        let batch = self.batch(step)?;
+    fn warm_step(&mut self, step: u64, context: &mut JobContext) -> JobResult<Metrics> {
+        let batch = self.batches.batch(step)?;
         let warm = self.warm_start.as_mut().expect("warm steps exist only with a warm start");
-        let model = self.model.take().expect("a step leaves the weights in place");
-        let (model, metrics) = warm.step(model, &self.flow, &batch, step)?;
-        self.model = Some(model);
-        Ok(metrics)
+        match warm.step(&mut self.learner, &self.batches.flow, &batch, step) {
+            Err(error) if error.cause == FailureCause::NonFinite => {
+                let kept = self.batches.keep_as(step, step, &error.message, context);
+                leave_out(self.settings.train.on_non_finite, error, kept, context)?;
+                Ok(Metrics::new())
+            }
+            result => result,
+        }
     }
 }
 
@@ -212,62 +189,20 @@ impl Trainer for StageTrainer {
     fn step(&mut self, step: u64, context: &mut JobContext) -> JobResult<Metrics> {
         let warm = self.num_warm_iters();
         if step < warm {
-            return self.warm_step(step);
+            return self.warm_step(step, context);
         }
         if step == warm {
             // Nothing of the warm start but the weights carries over.
-            self.gradients = GradientSum::default();
-            self.ema = self.settings.train.ema.as_ref().map(|ema| EmaWeights::new(ema, self.model()));
+            self.learner.start_here();
         }
-        let iteration = step - warm;
-        let batch = self.batch(iteration)?;
-        for replaced in &batch.replaced {
-            context.emitter.warn(format!("a sample was replaced: {replaced}"));
-        }
-        let stream = format!("train/{iteration}");
-        let dropout_seed = self.seed ^ (iteration + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let loss = with_dropout(dropout_seed, || self.flow.loss(self.model(), &batch, &stream, &Sigmas::Drawn))?;
-        let name = loss_name("train", batch.task);
-        let value = f64::from(loss.clone().into_scalar::<f32>());
-        let accumulation = self.settings.train.accumulation.max(1);
-        let mut metrics = Metrics::new();
-        match ensure_finite_loss(step, &name, value, &batch.keys) {
-            Ok(()) => {
-                let model = self.model.take().expect("a step leaves the weights in place");
-                self.gradients.add(&model, loss.backward(), 1.0 / accumulation as f64);
-                self.model = Some(model);
-                metrics.insert(name, value);
-            }
-            Err(error) => {
-                let path = suspects::keep(context, step, &error.message, &batch)?;
-                let message = format!("{error}. The batch is kept in {path}");
-                if self.settings.train.on_non_finite != OnNonFinite::Skip {
-                    return Err(JobError { message, ..error });
-                }
-                context.emitter.warn(format!("left out: {message}"));
-            }
-        }
-        if (iteration + 1).is_multiple_of(accumulation) && !self.gradients.is_empty() {
-            let lr = self.settings.optimizer.lr
-                * schedule_factor(&self.settings.optimizer.schedule, iteration, self.settings.train.max_iters);
-            let gradients = std::mem::take(&mut self.gradients);
-            let model = self.model.take().expect("a step leaves the weights in place");
-            let (model, norm) = self.optimizer.update(model, gradients, lr)?;
-            if let Some(ema) = &mut self.ema {
-                ema.step(&model);
-            }
-            self.model = Some(model);
-            metrics.insert("train/grad_norm".into(), norm);
-            metrics.insert("train/lr".into(), lr);
-        }
-        Ok(metrics)
+        self.learner.iterate(&mut self.batches, step - warm, context)
     }
 
     fn validate(&mut self, _step: u64, context: &mut JobContext) -> JobResult<Metrics> {
-        let model = self.model().clone().valid();
+        let model = self.learner.model().clone().valid();
         let flow = FlowStep {
-            table: self.flow.table.clone(),
-            sigma_dtype: self.flow.sigma_dtype,
+            table: self.batches.flow.table.clone(),
+            sigma_dtype: self.batches.flow.sigma_dtype,
             draws: Draws::Seeded(self.seed),
             device: context.device.clone(),
         };
@@ -291,25 +226,14 @@ impl Trainer for StageTrainer {
     }
 
     fn tensors(&self) -> NamedTensors {
-        let weights = model_folder::trained(self.model()).into_iter();
-        let mut tensors: NamedTensors = weights.map(|(name, data)| (format!("{PREFIX}{name}"), data)).collect();
-        tensors.extend(self.optimizer.tensors());
-        tensors.extend(self.ema.iter().flat_map(EmaWeights::tensors));
-        if let Some(warm) = &self.warm_start {
-            tensors.extend(warm.tensors());
-        }
+        let mut tensors = self.learner.tensors();
+        tensors.extend(self.warm_start.iter().flat_map(WarmStart::tensors));
         tensors
     }
 
     fn restore(&mut self, file: &WeightFile) -> JobResult<()> {
-        let model = self.model.take().expect("a step leaves the weights in place");
-        self.model = Some(model_folder::lay_over(model, file, PREFIX)?);
-        self.gradients = GradientSum::default();
-        let device = self.flow.device.clone().without_autodiff();
-        self.optimizer.restore(file, "optimizer.", &device)?;
-        if let Some(ema) = &mut self.ema {
-            ema.restore(file, &device)?;
-        }
+        let device = self.batches.flow.device.clone().without_autodiff();
+        self.learner.restore(file, &device)?;
         match &mut self.warm_start {
             Some(warm) => warm.restore(file, &device),
             None => Ok(()),
