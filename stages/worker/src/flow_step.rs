@@ -133,18 +133,6 @@ impl FlowStep {
         stream: &str,
         sigmas: &Sigmas,
     ) -> JobResult<Tensor<1>> {
-        let count = batch.images.len();
-        let levels: Vec<f32> = match sigmas {
-            Sigmas::Drawn => {
-                let draws = self.draws.uniforms(&format!("sigma/{stream}"), count);
-                draws.into_iter().map(|u| self.table.sigma(u)).collect()
-            }
-            Sigmas::Fixed(sigma) => vec![*sigma; count],
-        };
-        let sigma_dtype = match self.sigma_dtype {
-            FloatKind::Bf16 => FloatDType::BF16,
-            FloatKind::F32 => FloatDType::F32,
-        };
         let num_references = batch.references.first().map_or(0, Vec::len);
         let columns: Vec<Vec<Pixels>> = (0..num_references)
             .map(|column| batch.references.iter().filter_map(|own| own.get(column).cloned()).collect())
@@ -162,10 +150,8 @@ impl FlowStep {
                 let name = format!("reference-{i}/{stream}");
                 references.push(self.encode(model, pixels, &name, (Purpose::Reference(i), 0)));
             }
-            let eps = self.draws.normals(&format!("noise/{stream}"), Purpose::Noise, 0, clean.dims(), &self.device);
-            let noisy = add_noise(clean, eps, &levels, sigma_dtype);
-            let velocity = model.velocity(noisy.latents, noisy.timestep_b, condition, &references);
-            return Ok(loss(velocity, noisy.target));
+            let velocity = |latents, timestep_b| model.velocity(latents, timestep_b, condition, &references);
+            return Ok(self.loss_of_latents(clean, stream, sigmas, velocity));
         }
         let one = |image: &Pixels, name: String, purpose: Purpose, sample: usize| -> Tensor<3> {
             let pixels = tensor(image, &self.device).unsqueeze::<4>();
@@ -185,8 +171,42 @@ impl FlowStep {
             let name = format!("noise/{stream}/{i}");
             self.draws.normals(&name, Purpose::Noise, i, [1, c, h, w], &self.device).squeeze_dim::<3>(0)
         });
+        let levels = self.levels(stream, sigmas, batch.images.len());
         let targets = FlowTargets { noise: noise.collect(), latents, sigmas: levels, references };
-        Ok(model.flow_loss_under(condition, &targets, sigma_dtype).loss)
+        Ok(model.flow_loss_under(condition, &targets, self.mixing_dtype()).loss)
+    }
+
+    /// Returns the mean loss [1] of clean latents `[b, c, h, w]`, of which `velocity` predicts where they come from after
+    /// they were mixed with noise: it is given them, and 1000 times their noise levels `[b]`.
+    pub fn loss_of_latents(
+        &self,
+        clean: Tensor<4>,
+        stream: &str,
+        sigmas: &Sigmas,
+        velocity: impl FnOnce(Tensor<4>, Tensor<1>) -> Tensor<4>,
+    ) -> Tensor<1> {
+        let levels = self.levels(stream, sigmas, clean.dims()[0]);
+        let eps = self.draws.normals(&format!("noise/{stream}"), Purpose::Noise, 0, clean.dims(), &self.device);
+        let noisy = add_noise(clean, eps, &levels, self.mixing_dtype());
+        loss(velocity(noisy.latents, noisy.timestep_b), noisy.target)
+    }
+
+    /// Returns the noise levels of `count` samples.
+    pub fn levels(&self, stream: &str, sigmas: &Sigmas, count: usize) -> Vec<f32> {
+        match sigmas {
+            Sigmas::Drawn => {
+                let draws = self.draws.uniforms(&format!("sigma/{stream}"), count);
+                draws.into_iter().map(|u| self.table.sigma(u)).collect()
+            }
+            Sigmas::Fixed(sigma) => vec![*sigma; count],
+        }
+    }
+
+    fn mixing_dtype(&self) -> FloatDType {
+        match self.sigma_dtype {
+            FloatKind::Bf16 => FloatDType::BF16,
+            FloatKind::F32 => FloatDType::F32,
+        }
     }
 
     /// Encodes images `[b, 3, h, w]` of the samples from `draw.1` on to sampled latents.

@@ -2,6 +2,7 @@
 //!
 //! Knows the job directory, no stage's work. A panic, a signal and an error all end in an outcome that says what happened.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,12 +10,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use deepgen_contract::artifact::ArtifactKind;
+use deepgen_contract::base::AssembleSettings;
 use deepgen_contract::event::WorkerEventKind;
+use deepgen_contract::id::{Fingerprint, NodeName};
 use deepgen_contract::job::{
-    CHECKPOINTS_DIR, FailureCause, JOB_FILE, JOB_VERSION, JobInput, JobSpec, METRICS_FILE, OUT_DIR, OUTCOME_FILE,
-    Outcome,
+    CHECKPOINTS_DIR, FailureCause, JOB_FILE, JOB_VERSION, JobInput, JobRemedies, JobSpec, METRICS_FILE, OUT_DIR,
+    OUTCOME_FILE, Outcome,
 };
 use deepgen_contract::settings::Settings;
+use deepgen_contract::train::FloatKind;
 use deepgen_model::Device;
 
 use crate::emit::{Emitter, Metrics};
@@ -96,23 +100,40 @@ impl JobContext {
     }
 }
 
+impl JobContext {
+    /// Returns the context of work that is no node's: without inputs, its events in `dir`, its settings of no meaning.
+    ///
+    /// # Errors
+    /// When `dir` cannot be written.
+    pub fn outside_of_a_job(dir: &Path, device: Device) -> JobResult<Self> {
+        fs::create_dir_all(dir).or_io(|| format!("create {}", dir.display()))?;
+        let spec = JobSpec {
+            version: JOB_VERSION,
+            node: NodeName("none".into()),
+            stage: "none".into(),
+            fingerprint: Fingerprint([0; 32]),
+            attempt: 1,
+            seed: 0,
+            device: "cpu".into(),
+            threads: 1,
+            project_root: dir.to_owned(),
+            settings: Settings::Assemble(AssembleSettings { dtype: FloatKind::F32 }),
+            inputs: BTreeMap::new(),
+            earlier_attempts: Vec::new(),
+            slot_ids: BTreeMap::new(),
+            remedies: JobRemedies::default(),
+        };
+        Ok(Self { spec, dir: dir.to_owned(), emitter: Emitter::open(dir)?, device, stop: Arc::default() })
+    }
+}
+
 #[cfg(test)]
 impl JobContext {
     /// Returns the context of a job without inputs in `dir`, as a first attempt or as one after `earlier`.
     pub fn for_test(dir: &Path, earlier: &[&Path]) -> Self {
-        fs::create_dir_all(dir).unwrap();
-        let spec = serde_json::json!({
-            "version": JOB_VERSION, "node": "n", "stage": "s", "fingerprint": "0".repeat(64), "attempt": 1, "seed": 7,
-            "device": "cpu", "threads": 1, "project_root": dir, "inputs": {}, "earlier_attempts": earlier,
-            "settings": { "stage_kind": "handoff", "settings": { "lora": "merge", "dtype": "f32" } },
-        });
-        Self {
-            spec: serde_json::from_value(spec).unwrap(),
-            dir: dir.to_owned(),
-            emitter: Emitter::open(dir).unwrap(),
-            device: Device::flex(),
-            stop: Arc::default(),
-        }
+        let mut context = Self::outside_of_a_job(dir, Device::flex()).unwrap();
+        context.spec.earlier_attempts = earlier.iter().map(|path| path.to_path_buf()).collect();
+        context
     }
 
     /// Asks for a stop, as a signal would.

@@ -12,7 +12,7 @@ use super::case::Case;
 use super::compare::{Checker, GRADS, Line, OUTPUTS};
 use super::error::{ParityError, ParityResult};
 use super::kind::Kind;
-use super::{autoencoder, clip, connector, diffusion, language, optimizer, policy, preprocess, whole};
+use super::{autoencoder, clip, connector, curve, diffusion, language, optimizer, policy, preprocess, whole};
 use crate::device;
 
 /// How the command is called.
@@ -159,7 +159,7 @@ fn comparison(kind: Kind) -> (Comparison, &'static [&'static str]) {
         Kind::Sd3Transformer => (diffusion::uniform, &[OUTPUTS, GRADS]),
         Kind::Sd3TransformerDynamic => (diffusion::ragged, &[OUTPUTS, GRADS]),
         Kind::Sd3Vae => (autoencoder::run, &[OUTPUTS, GRADS]),
-        Kind::TrainCurve => (optimizer::curve, &[OUTPUTS]),
+        Kind::TrainCurve => (curve::run, &[OUTPUTS]),
     }
 }
 

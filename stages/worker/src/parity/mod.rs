@@ -11,6 +11,7 @@ mod clip;
 mod command;
 mod compare;
 mod connector;
+mod curve;
 mod diffusion;
 mod error;
 mod hub;

@@ -1,21 +1,18 @@
-//! The training loop's arithmetic: AdamW, clipping, accumulation, learning rates, and a whole curve of a tiny DiT.
+//! The training loop's arithmetic: AdamW, clipping, accumulation, learning rates.
 
 use std::collections::BTreeMap;
 
 use burn::module::Module;
-use burn::tensor::{FloatDType, TensorData};
+use burn::tensor::TensorData;
 use deepgen_contract::train::{OptimizerSettings, Schedule};
-use deepgen_model::dit::Condition;
-use deepgen_model::flow::{TrainingTable, add_noise, loss};
 use deepgen_model::init::Init;
 use deepgen_model::nn::{LayerNorm, Linear, gelu_tanh};
 use deepgen_model::weights::{WeightFile, for_each_param, load_into};
-use deepgen_model::{IntTensor, Tensor, trainable};
+use deepgen_model::{Tensor, trainable};
 
 use super::case::{Case, Inputs, Settings};
 use super::compare::{Checker, OUTPUTS, Quantity};
 use super::error::{ParityError, ParityResult};
-use super::hub;
 use crate::optimize::{AdamW, GradientSum, PREFIX, schedule_factor};
 
 /// Epsilon of the case's norm: the library's default.
@@ -49,12 +46,19 @@ impl Net {
 }
 
 /// Makes every parameter that can train do so, as a stage does with its patterns.
-fn select<M: Module>(module: M) -> ParityResult<M> {
+///
+/// # Errors
+/// When there is none.
+pub fn select<M: Module>(module: M) -> ParityResult<M> {
     let selected = trainable::select(module, &["*".into()]);
     selected.map(|(module, _)| module).map_err(|error| ParityError::Unsupported(error.to_string()))
 }
 
-fn settings(config: &Settings, schedule: Schedule) -> ParityResult<OptimizerSettings> {
+/// Returns the optimiser's numbers.
+///
+/// # Errors
+/// When one is missing.
+pub fn settings(config: &Settings, schedule: Schedule) -> ParityResult<OptimizerSettings> {
     Ok(OptimizerSettings {
         lr: config.get("lr")?,
         betas: config.get("betas")?,
@@ -213,73 +217,6 @@ fn released_curves(case: &Case, check: &mut Checker) -> ParityResult<()> {
         let schedule = Schedule::WarmupCosine { warmup_ratio: warmup / total };
         let rates = (0..total as u64).map(|k| (lr * schedule_factor(&schedule, k, total as u64) * scale) as f32);
         check.floats(OUTPUTS, &name, rates.collect(), &[total as usize], Quantity::Schedule)?;
-    }
-    Ok(())
-}
-
-/// `train_curve`.
-///
-/// # Errors
-/// When the case is not whole.
-pub fn curve(case: &Case, check: &mut Checker) -> ParityResult<()> {
-    let inputs = case.inputs()?;
-    let schedule = Schedule::HalfCosine { warmup_steps: case.config.get("warmup")?, starts_at_zero: false };
-    let options = settings(&case.config, schedule)?;
-    let total: u64 = case.config.get("steps")?;
-    // The case's rule names the schedule's shift in words; the timesteps it led to are compared below.
-    let rule: String = case.config.get("loss")?;
-    let shift = rule.split("shift-").nth(1).and_then(|rest| rest.split(' ').next()?.parse().ok());
-    let table = TrainingTable::new(shift.ok_or_else(|| ParityError::Unsupported("`loss` names no shift".into()))?);
-    let order = inputs.archive.rows("batch_index")?;
-    let (data, text, pooled): (Tensor<4>, Tensor<3>, Tensor<2>) =
-        (inputs.tensor("data")?, inputs.tensor("encoder_hidden_states")?, inputs.tensor("pooled_projections")?);
-    let (noise, uniforms): (Tensor<5>, _) = (inputs.tensor("noise")?, inputs.archive.floats("u")?);
-    let mut dit = select(hub::load_dit(case)?)?;
-    let mut optimizer = AdamW::new(&options);
-    let (mut losses, mut norms, mut rates, mut levels) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    for (step, chosen) in order.iter().enumerate() {
-        let rows = IntTensor::<1>::from_data(TensorData::new(chosen.clone(), [chosen.len()]), &case.device);
-        let draws = &uniforms[step * chosen.len()..][..chosen.len()];
-        let sigmas: Vec<f32> = draws.iter().map(|&u| table.sigma(f64::from(u))).collect();
-        let eps: Tensor<4> = noise.clone().narrow(0, step, 1).squeeze_dim(0);
-        let noisy = add_noise(data.clone().select(0, rows.clone()), eps, &sigmas, FloatDType::F32);
-        let condition = Condition {
-            timestep_b: noisy.timestep_b,
-            text_btc: text.clone().select(0, rows.clone()),
-            pooled_bc: pooled.clone().select(0, rows),
-        };
-        let found = loss(dit.forward(noisy.latents, &condition, &[]), noisy.target);
-        losses.push(value(&found));
-        let mut sum = GradientSum::default();
-        sum.add(&dit, found.backward(), 1.0);
-        let lr = options.lr * schedule_factor(&options.schedule, step as u64, total);
-        let norm;
-        (dit, norm) = optimizer.update(dit, sum.ensure_finite(step as u64)?, lr);
-        norms.push(norm as f32);
-        rates.push(lr as f32);
-        levels.extend(sigmas);
-    }
-    let worst = losses.iter().zip(check.outputs().floats("losses")?).map(|(a, b)| ((a - b) / b).abs());
-    let worst = worst.fold(0.0, f32::max);
-    check.claim("every loss within 1e-4", worst <= 1e-4, format!("worst step {worst:.1e}"));
-    for (name, values, quantity) in [
-        ("losses", losses, Quantity::Forward),
-        ("grad_norms", norms, Quantity::Gradient),
-        ("lrs", rates, Quantity::Schedule),
-    ] {
-        let count = values.len();
-        check.floats(OUTPUTS, name, values, &[count], quantity)?;
-    }
-    check.extra("sigmas drawn", &levels, &inputs.archive.floats("sigmas")?, Quantity::Schedule);
-    let timesteps: Vec<f32> = levels.iter().map(|sigma| sigma * 1000.0).collect();
-    check.extra("timesteps drawn", &timesteps, &inputs.archive.floats("timesteps")?, Quantity::Schedule);
-    let mut finals: Vec<(String, TensorData)> = Vec::new();
-    for_each_param(&dit, |name, param| finals.push((format!("final.{name}"), param.value().into_data())));
-    for (name, values) in finals {
-        if check.outputs().has(&name) {
-            let shape = check.outputs().get(&name)?.shape.clone();
-            check.floats(OUTPUTS, &name, values.iter::<f32>().collect(), &shape, Quantity::Gradient)?;
-        }
     }
     Ok(())
 }
