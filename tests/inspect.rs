@@ -206,7 +206,7 @@ fn the_shapes_world_is_inspected_before_and_after_it_is_prepared() {
             "caption_list" => (source.join("data.json"), vec!["--images", images, "--captions", captions]),
             _ => (source.join("data.json"), vec!["--images", images]),
         };
-        let before = found(&source, &[small, &arguments].concat());
+        let before = found(&source, &[small, &arguments[..]].concat());
         assert_eq!(counts(&before), (format, counts(&prepared).1, 20, 20), "{format}");
         assert_eq!(before["words"], prepared["words"], "{format}");
         num_seen += 1;

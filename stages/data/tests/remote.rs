@@ -76,7 +76,7 @@ fn answer(
     }
     let (method, path) = request.split_once(' ').unwrap_or_default();
     let path = path.split(' ').next().unwrap_or_default();
-    let mut reply = |head: &str, body: &[u8]| {
+    let reply = |head: &str, body: &[u8]| {
         (&connection).write_all(format!("HTTP/1.1 {head}\r\nConnection: close\r\n\r\n").as_bytes())?;
         (&connection).write_all(body)
     };
