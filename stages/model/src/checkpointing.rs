@@ -60,7 +60,7 @@ mod tests {
     use crate::init::Init;
     use crate::language::LanguageModel;
     use crate::nn::LoraAdapter;
-    use crate::random::{noise, with_dropout};
+    use crate::random::{Rows, noise, with_dropout};
     use crate::rope::PositionIds;
     use crate::weights::for_each_param;
 
@@ -157,7 +157,9 @@ mod tests {
         let positions = PositionIds { axis: std::array::from_fn(|_| vec![(0..6).collect(); 2]) };
         let run = |is_on| {
             let states = with_activation_checkpointing(is_on, || {
-                with_dropout(7, || decoder.hidden_states(embeds.clone(), &positions, &vec![vec![true; 6]; 2], &[1, 3]))
+                with_dropout(7, Rows::all(2), || {
+                    decoder.hidden_states(embeds.clone(), &positions, &vec![vec![true; 6]; 2], &[1, 3])
+                })
             });
             let loss = states.into_iter().map(|state| state.square().mean()).reduce(|a, b| a + b).unwrap();
             gradients(&decoder, loss)

@@ -19,6 +19,7 @@ pub mod flow;
 pub mod fused;
 pub mod init;
 pub mod language;
+pub mod layout;
 pub mod lora;
 pub mod nn;
 pub mod parts;

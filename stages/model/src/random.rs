@@ -68,32 +68,82 @@ pub fn noise<const D: usize>(seed: u64, name: &str, shape: [usize; D], device: &
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
+/// Rows of a batch that one pass takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// Rows before them.
+    pub first: usize,
+    /// How many they are; at least 1.
+    pub count: usize,
+    /// Rows of the whole batch.
+    pub total: usize,
+}
+
+impl Rows {
+    /// Returns all rows of a batch.
+    pub fn all(total: usize) -> Self {
+        Self { first: 0, count: total, total }
+    }
+}
+
+/// Where dropout stands.
+#[derive(Debug, Clone)]
+pub(crate) struct Dropout {
+    stream: Stream,
+    rows: Rows,
+}
+
+impl Dropout {
+    /// Draws the mask of a tensor whose first axis holds the rows, each `rows` entries one after the other: of the whole
+    /// batch's mask the part that belongs to them.
+    fn mask(&mut self, shape: &[usize], probability: f64) -> Vec<f32> {
+        let keep = (1.0 / (1.0 - probability)) as f32;
+        let threshold = (probability * 65536.0) as u64;
+        let count: usize = shape.iter().product();
+        let Rows { first, count: own, total } = self.rows;
+        // Where the first axis is no multiple of the rows, as with images of several sizes, the part draws for itself.
+        let (before, all) = match shape[0].is_multiple_of(own) {
+            true => (count / own * first, count / own * total),
+            false => (0, count),
+        };
+        let mut bits = 0;
+        let mask = (0..all).map(|i| {
+            bits = if i % 4 == 0 { self.stream.next_u64() } else { bits >> 16 };
+            if bits & 0xFFFF < threshold { 0.0 } else { keep }
+        });
+        // The whole of it is drawn: what comes next must stand where it would stand for the whole batch.
+        let whole: Vec<f32> = mask.collect();
+        if all == count { whole } else { whole[before..before + count].to_vec() }
+    }
+}
+
 thread_local! {
-    static DROPOUT: RefCell<Option<Stream>> = const { RefCell::new(None) };
+    static DROPOUT: RefCell<Option<Dropout>> = const { RefCell::new(None) };
 }
 
 /// Runs `forward` with dropout switched on, its masks drawn in order from `seed`.
 ///
+/// `rows` are those of a batch that `forward` takes: together the parts of a batch have the masks of the whole.
 /// Outside of it every dropout is the identity, which is what inference and a frozen model want.
-pub fn with_dropout<R>(seed: u64, forward: impl FnOnce() -> R) -> R {
-    with_dropout_stream(Some(Stream::new(seed, "dropout")), forward)
+pub fn with_dropout<R>(seed: u64, rows: Rows, forward: impl FnOnce() -> R) -> R {
+    with_dropout_at(Some(Dropout { stream: Stream::new(seed, "dropout"), rows }), forward)
 }
 
-/// Returns where dropout stands, for [`with_dropout_stream`]; `None` when it is off.
-pub(crate) fn dropout_stream() -> Option<Stream> {
-    DROPOUT.with(|stream| stream.borrow().clone())
+/// Returns where dropout stands, for [`with_dropout_at`]; `None` when it is off.
+pub(crate) fn dropout_place() -> Option<Dropout> {
+    DROPOUT.with(|place| place.borrow().clone())
 }
 
 /// Runs `forward` with dropout off or at a place of its stream, and puts it back to where it stood before.
-pub(crate) fn with_dropout_stream<R>(stream: Option<Stream>, forward: impl FnOnce() -> R) -> R {
+pub(crate) fn with_dropout_at<R>(place: Option<Dropout>, forward: impl FnOnce() -> R) -> R {
     /// Restores even when `forward` panics.
-    struct Restore(Option<Stream>);
+    struct Restore(Option<Dropout>);
     impl Drop for Restore {
         fn drop(&mut self) {
-            DROPOUT.with(|stream| *stream.borrow_mut() = self.0.take());
+            DROPOUT.with(|place| *place.borrow_mut() = self.0.take());
         }
     }
-    let _restore = Restore(DROPOUT.with(|current| current.replace(stream)));
+    let _restore = Restore(DROPOUT.with(|current| current.replace(place)));
     forward()
 }
 
@@ -103,19 +153,7 @@ pub fn dropout<const D: usize>(x: Tensor<D>, probability: f64) -> Tensor<D> {
         return x;
     }
     let shape = x.dims();
-    let mask = DROPOUT.with(|stream| {
-        stream.borrow_mut().as_mut().map(|stream| {
-            let keep = (1.0 / (1.0 - probability)) as f32;
-            let threshold = (probability * 65536.0) as u64;
-            let mut bits = 0;
-            (0..shape.iter().product::<usize>())
-                .map(|i| {
-                    bits = if i % 4 == 0 { stream.next_u64() } else { bits >> 16 };
-                    if bits & 0xFFFF < threshold { 0.0 } else { keep }
-                })
-                .collect::<Vec<f32>>()
-        })
-    });
+    let mask = DROPOUT.with(|place| place.borrow_mut().as_mut().map(|place| place.mask(&shape, probability)));
     match mask {
         Some(mask) => {
             let dtype = x.dtype();
@@ -153,10 +191,28 @@ mod tests {
     fn dropout_acts_only_inside_its_scope_and_keeps_the_mean() {
         let ones = Tensor::<2>::ones([100, 100], &Device::flex());
         assert_eq!(dropout(ones.clone(), 0.25).sum().into_scalar::<f32>(), 10_000.0);
-        let dropped = with_dropout(3, || dropout(ones.clone(), 0.25));
+        let dropped = with_dropout(3, Rows::all(100), || dropout(ones.clone(), 0.25));
         let mean = dropped.clone().mean().into_scalar::<f32>();
         assert!((mean - 1.0).abs() < 0.03, "{mean}");
-        let again = with_dropout(3, || dropout(ones, 0.25));
+        let again = with_dropout(3, Rows::all(100), || dropout(ones, 0.25));
         assert_eq!(dropped.into_data(), again.into_data());
+    }
+
+    #[test]
+    fn the_parts_of_a_batch_have_the_masks_of_the_whole() {
+        // Two dropouts in a row, of 5 samples with 3 and with 2 rows each, 7 wide.
+        let both = |rows: Rows| {
+            let ones = |per_row: usize| Tensor::<2>::ones([rows.count * per_row, 7], &Device::flex());
+            with_dropout(9, rows, || {
+                [3, 2].map(|n| dropout(ones(n), 0.4).into_data().iter::<f32>().collect::<Vec<f32>>())
+            })
+        };
+        let whole = both(Rows::all(5));
+        let parts = [(0, 2), (2, 2), (4, 1)].map(|(first, count)| both(Rows { first, count, total: 5 }));
+        for place in 0..2 {
+            let together: Vec<f32> = parts.iter().flat_map(|part| part[place].iter().copied()).collect();
+            assert_eq!(together, whole[place]);
+            assert!(whole[place].contains(&0.0));
+        }
     }
 }

@@ -7,47 +7,18 @@
 
 use burn::module::Module;
 use burn::tensor::{DType, FloatDType, TensorData};
-use deepgen_contract::model::{LanguageConfig, Padding, SpecialTokens, VlmConfig};
+use deepgen_contract::model::{LanguageConfig, Padding, VlmConfig};
 
 use crate::fused;
 use crate::init::{Fill, Init};
 use crate::language::{INIT_STD, LanguageModel};
+pub use crate::layout::{Frame, Layout, VlmError};
 use crate::nn::{Linear, to_dtype};
 use crate::probe::tap;
-use crate::rope::{Grid, PositionIds, RopeError};
+use crate::rope::Grid;
 use crate::vision::VisionTower;
 use crate::weights::{Held, WeightFile, WeightsError, load_into_held};
 use crate::{Device, IntTensor, Tensor};
-
-/// Token id that stands for a query when positions are computed.
-const QUERY_ID: u32 = 0;
-
-/// Why a batch of prompts could not be read.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum VlmError {
-    /// The batch holds no prompt.
-    #[error("the batch holds no prompt")]
-    EmptyBatch,
-    /// Prompts and image lists do not pair up.
-    #[error("{num_prompts} prompts came with {num_lists} lists of images")]
-    ImageLists {
-        /// Prompts.
-        num_prompts: usize,
-        /// Lists.
-        num_lists: usize,
-    },
-    /// A prompt is longer than the fixed length it is to be padded to.
-    #[error("a prompt of {num_tokens} tokens does not fit padding = {{ fixed = {fixed} }}")]
-    TooLong {
-        /// Tokens of the prompt.
-        num_tokens: usize,
-        /// The setting.
-        fixed: usize,
-    },
-    /// See [`RopeError`].
-    #[error(transparent)]
-    Positions(#[from] RopeError),
-}
 
 /// Prompts with their reference images.
 #[derive(Debug, Clone, Default)]
@@ -56,19 +27,27 @@ pub struct PromptBatch {
     pub ids: Vec<Vec<u32>>,
     /// Images `[3, height, width]` in [-1, 1] of each prompt, in the order of their image tokens.
     pub images: Vec<Vec<Tensor<3>>>,
+    /// Sizes of the batch that these prompts are a part of; nothing for a batch of its own.
+    pub within: Frame,
 }
 
 impl PromptBatch {
+    /// Makes a batch of prompts with their images.
+    pub fn new(ids: Vec<Vec<u32>>, images: Vec<Vec<Tensor<3>>>) -> Self {
+        Self { ids, images, within: Frame::default() }
+    }
+
     /// Makes a batch of prompts without images.
     pub fn text(ids: Vec<Vec<u32>>) -> Self {
         let images = vec![Vec::new(); ids.len()];
-        Self { ids, images }
+        Self::new(ids, images)
     }
 
     /// Returns the prompts of `self` followed by those of `other`.
     pub fn followed_by(mut self, other: Self) -> Self {
         self.ids.extend(other.ids);
         self.images.extend(other.images);
+        self.within = self.within.with(other.within);
         self
     }
 }
@@ -86,64 +65,6 @@ pub struct Reading<'a> {
     pub entries: &'a [usize],
     /// Whether gradient flows into the vision tower. DeepGen never lets it.
     pub is_vision_trained: bool,
-}
-
-/// A batch laid out for the decoder: padded ids, which of them are real, and positions, queries included.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layout {
-    /// Padded prompt ids, without queries and not cut.
-    pub ids: Vec<Vec<u32>>,
-    /// False on padding; with queries, cut.
-    pub is_real: Vec<Vec<bool>>,
-    /// Positions; with queries, cut.
-    pub positions: PositionIds,
-    /// Positions cut off the beginning.
-    pub num_cut: usize,
-}
-
-impl Layout {
-    /// Pads prompts on the left, appends `num_queries` queries, and cuts to `max_length` (section 2.4).
-    ///
-    /// # Errors
-    /// When there is no prompt, a prompt does not fit a fixed padding, or images and image tokens differ.
-    pub fn new(
-        prompts: &[Vec<u32>],
-        grids: &[Vec<Grid>],
-        tokens: &SpecialTokens,
-        (padding, num_queries, max_length): (Padding, usize, Option<usize>),
-    ) -> Result<Self, VlmError> {
-        let longest = prompts.iter().map(Vec::len).max().ok_or(VlmError::EmptyBatch)?;
-        if grids.len() != prompts.len() {
-            return Err(VlmError::ImageLists { num_prompts: prompts.len(), num_lists: grids.len() });
-        }
-        let len = match padding {
-            Padding::Longest => longest,
-            Padding::Fixed(fixed) if longest > fixed => return Err(VlmError::TooLong { num_tokens: longest, fixed }),
-            Padding::Fixed(fixed) => fixed,
-        };
-        let mut ids = Vec::with_capacity(prompts.len());
-        let mut is_real = Vec::with_capacity(prompts.len());
-        for prompt in prompts {
-            let num_padding = len - prompt.len();
-            ids.push(std::iter::repeat_n(tokens.pad, num_padding).chain(prompt.iter().copied()).collect::<Vec<u32>>());
-            is_real.push((0..len + num_queries).map(|i| i >= num_padding).collect::<Vec<bool>>());
-        }
-        let with_queries: Vec<Vec<u32>> = ids
-            .iter()
-            .map(|row| row.iter().copied().chain(std::iter::repeat_n(QUERY_ID, num_queries)).collect())
-            .collect();
-        let mut positions = PositionIds::new(&with_queries, &is_real, grids, tokens)?;
-
-        let num_images = grids.iter().map(Vec::len).max().unwrap_or(0);
-        let longest_image = grids.iter().flatten().map(|g| g.num_tokens()).max().unwrap_or(0);
-        let total = len + num_queries;
-        let kept = max_length.map_or(total, |max| total.min(max + num_images * longest_image + num_queries));
-        positions.keep_last(kept);
-        for row in &mut is_real {
-            row.drain(..total - kept);
-        }
-        Ok(Self { ids, is_real, positions, num_cut: total - kept })
-    }
 }
 
 /// The vision-language model.
@@ -243,7 +164,7 @@ impl Vlm {
         let grids: Vec<Vec<Grid>> = batch.images.iter().map(|images| images.iter().map(grid).collect()).collect();
         let num_queries = reading.queries.as_ref().map_or(0, |queries| queries.dims()[0]);
         let cut = (reading.padding, num_queries, reading.max_length);
-        let layout = Layout::new(&batch.ids, &grids, &self.config.tokens, cut)?;
+        let layout = Layout::within(batch.within, &batch.ids, &grids, &self.config.tokens, cut)?;
 
         let images: Vec<Tensor<3>> =
             batch.images.iter().flatten().map(|image| to_dtype(image.clone(), self.compute)).collect();
@@ -416,37 +337,9 @@ mod tests {
     use super::*;
     use crate::random::noise;
     use crate::weights::for_each_param;
-    use deepgen_contract::model::VisionConfig;
+    use deepgen_contract::model::{SpecialTokens, VisionConfig};
 
     const TOKENS: SpecialTokens = SpecialTokens { pad: 3, vision_start: 7, vision_end: 8, image_pad: 9, video_pad: 10 };
-
-    #[test]
-    fn prompts_are_padded_on_the_left_and_queries_follow() {
-        let prompts = vec![vec![5, 6], vec![5, 6, 5, 6]];
-        let layout = Layout::new(&prompts, &[vec![], vec![]], &TOKENS, (Padding::Longest, 2, None)).unwrap();
-        assert_eq!(layout.ids, [[3, 3, 5, 6], [5, 6, 5, 6]]);
-        assert_eq!(layout.is_real[0], [false, false, true, true, true, true]);
-        assert_eq!(layout.positions.axis[0], [[1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]);
-    }
-
-    #[test]
-    fn a_fixed_padding_does_not_depend_on_the_neighbours_and_refuses_longer_prompts() {
-        let fixed = (Padding::Fixed(3), 0, None);
-        let layout = Layout::new(&[vec![5]], &[vec![]], &TOKENS, fixed).unwrap();
-        assert_eq!(layout.ids, [[3, 3, 5]]);
-        let error = Layout::new(&[vec![5; 4]], &[vec![]], &TOKENS, fixed).unwrap_err();
-        assert_eq!(error, VlmError::TooLong { num_tokens: 4, fixed: 3 });
-    }
-
-    #[test]
-    fn an_over_long_prompt_loses_its_beginning_but_no_image_and_no_query() {
-        let prompt = vec![1, 2, 7, 9, 9, 8, 4];
-        let grids = [vec![Grid { rows: 1, columns: 2 }]];
-        let layout = Layout::new(&[prompt], &grids, &TOKENS, (Padding::Longest, 1, Some(3))).unwrap();
-        assert_eq!(layout.num_cut, 2);
-        assert_eq!(layout.is_real[0].len(), 3 + 2 + 1);
-        assert_eq!(layout.positions.axis[2], [[2, 3, 4, 5, 6, 7]]);
-    }
 
     #[test]
     fn every_spelling_becomes_the_hubs() {
@@ -512,10 +405,10 @@ mod tests {
         let device = Device::flex().autodiff();
         let vlm = Vlm::new(&Init::new(5, &device), &small());
         let (ids, images) = captioned(&device, &[4, 5]);
-        let shorter = PromptBatch { ids: vec![ids[..ids.len() - 1].to_vec()], images: vec![images.clone()] };
+        let shorter = PromptBatch::new(vec![ids[..ids.len() - 1].to_vec()], vec![images.clone()]);
         let log_probabilities = log_softmax(vlm.next_token_logits(&shorter).unwrap(), 1);
         let expected = -log_probabilities.into_data().iter::<f32>().nth(5).unwrap();
-        let loss = vlm.caption_loss(&PromptBatch { ids: vec![ids], images: vec![images] }, &[1]).unwrap();
+        let loss = vlm.caption_loss(&PromptBatch::new(vec![ids], vec![images]), &[1]).unwrap();
         assert!((loss.clone().into_scalar::<f32>() - expected).abs() < 1e-5);
         let gradients = loss.backward();
         let mut num_without = 0;

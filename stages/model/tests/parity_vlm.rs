@@ -517,7 +517,7 @@ fn step(case: &Case, model: &DeepGen, prompts: Vec<Vec<u32>>, num_references: &[
     let timesteps = Tensor::<1>::from_floats(sigmas.as_slice(), &case.device).mul_scalar(1000.0);
     case.check("timesteps", timesteps, 1e-6);
     Step {
-        prompts: PromptBatch { ids: prompts, images },
+        prompts: PromptBatch::new(prompts, images),
         targets: FlowTargets { latents, noise: indexed(case, "noise", num), sigmas, references },
     }
 }

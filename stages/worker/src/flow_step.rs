@@ -3,6 +3,8 @@
 //!
 //! Knows the model and a batch, no optimiser.
 
+use std::ops::Range;
+
 use burn::tensor::{FloatDType, TensorData};
 use deepgen_contract::train::FloatKind;
 use deepgen_data::batch::Batch;
@@ -11,8 +13,9 @@ use deepgen_data::sample::Task;
 use deepgen_model::bridge::Condition;
 use deepgen_model::deepgen::{DeepGen, FlowTargets};
 use deepgen_model::flow::{TrainingTable, add_noise, loss};
-use deepgen_model::random::{Stream, noise};
-use deepgen_model::vlm::PromptBatch;
+use deepgen_model::random::Stream;
+use deepgen_model::rope::Grid;
+use deepgen_model::vlm::{Frame, PromptBatch};
 use deepgen_model::{Device, Tensor};
 
 use crate::error::{JobResult, OrFail};
@@ -59,34 +62,101 @@ enum Purpose {
     Reference(usize),
 }
 
+/// Whose numbers are drawn.
+#[derive(Debug, Clone)]
+enum Whose {
+    /// Of these samples, from a stream that the whole batch shares: any part of it has the same numbers.
+    Samples(Range<usize>),
+    /// Of one sample, from a stream of its own.
+    Sample(usize),
+}
+
 impl Draws {
-    fn uniforms(&self, name: &str, count: usize) -> Vec<f64> {
+    /// Returns the uniform numbers of the samples at `rows` of a batch.
+    fn uniforms(&self, name: &str, rows: Range<usize>) -> Vec<f64> {
         match self {
             Self::Seeded(seed) => {
                 let mut stream = Stream::new(*seed, name);
-                (0..count).map(|_| stream.unit()).collect()
+                let drawn: Vec<f64> = (0..rows.end).map(|_| stream.unit()).collect();
+                drawn[rows].to_vec()
             }
-            Self::Recorded(recorded) => recorded.uniforms.clone(),
+            Self::Recorded(recorded) => recorded.uniforms[rows].to_vec(),
         }
     }
 
-    /// Returns normal numbers of `shape`, the first axis being the samples from `first` on.
-    fn normals(&self, name: &str, purpose: Purpose, first: usize, shape: [usize; 4], device: &Device) -> Tensor<4> {
-        match self {
-            Self::Seeded(seed) => noise(*seed, name, shape, device),
-            Self::Recorded(recorded) => {
-                let rows = first..first + shape[0];
-                let values: Vec<f32> = match purpose {
-                    Purpose::Noise => recorded.noise[rows].concat(),
-                    Purpose::Target => recorded.targets[rows].concat(),
-                    Purpose::Reference(place) => {
-                        recorded.references[rows].iter().flat_map(|own| own[place].iter().copied()).collect()
-                    }
-                };
-                Tensor::from_data(TensorData::new(values, shape), device)
+    /// Returns normal numbers `[samples, c, h, w]`.
+    fn normals(
+        &self,
+        name: &str,
+        purpose: Purpose,
+        whose: &Whose,
+        [c, h, w]: [usize; 3],
+        device: &Device,
+    ) -> Tensor<4> {
+        let rows = match whose {
+            Whose::Samples(rows) => rows.clone(),
+            Whose::Sample(sample) => *sample..sample + 1,
+        };
+        let size = c * h * w;
+        let values: Vec<f32> = match (self, whose) {
+            (Self::Seeded(seed), Whose::Samples(rows)) => {
+                Stream::new(*seed, name).normals(rows.end * size, 1.0).split_off(rows.start * size)
             }
-        }
+            (Self::Seeded(seed), Whose::Sample(sample)) => {
+                Stream::new(*seed, &format!("{name}/{sample}")).normals(size, 1.0)
+            }
+            (Self::Recorded(recorded), _) => match purpose {
+                Purpose::Noise => recorded.noise[rows.clone()].concat(),
+                Purpose::Target => recorded.targets[rows.clone()].concat(),
+                Purpose::Reference(place) => {
+                    recorded.references[rows.clone()].iter().flat_map(|own| own[place].iter().copied()).collect()
+                }
+            },
+        };
+        Tensor::from_data(TensorData::new(values, [rows.len(), c, h, w]), device)
     }
+}
+
+/// Some of a batch's samples: those that one pass takes. What is drawn for a sample, and how its prompt is laid out, is the same
+/// in every part of its batch.
+#[derive(Debug, Clone)]
+pub struct Part<'a> {
+    /// The whole batch.
+    pub batch: &'a Batch,
+    /// Which of its samples.
+    pub rows: Range<usize>,
+}
+
+impl<'a> Part<'a> {
+    /// Returns all of a batch.
+    pub fn whole(batch: &'a Batch) -> Self {
+        Self { batch, rows: 0..batch.images.len() }
+    }
+
+    /// Returns the samples at `rows`.
+    pub fn of(batch: &'a Batch, rows: Range<usize>) -> Self {
+        Self { batch, rows }
+    }
+
+    /// Returns the images.
+    fn images(&self) -> &'a [Pixels] {
+        &self.batch.images[self.rows.clone()]
+    }
+
+    /// Returns the references of each sample.
+    fn references(&self) -> &'a [Vec<Pixels>] {
+        &self.batch.references[self.rows.clone()]
+    }
+
+    fn is_whole(&self) -> bool {
+        self.rows == (0..self.batch.images.len())
+    }
+}
+
+/// Splits `count` samples into `division` parts, as equal as can be; into fewer where there are fewer samples.
+pub fn divide(count: usize, division: usize) -> impl Iterator<Item = Range<usize>> {
+    let division = division.clamp(1, count.max(1));
+    (0..division).map(move |i| count * i / division..count * (i + 1) / division)
 }
 
 /// How noise levels are chosen.
@@ -106,22 +176,31 @@ pub fn loss_name(group: &str, task: Task) -> String {
 }
 
 impl FlowStep {
-    /// Returns the prompts of a batch, with their reference images.
-    pub fn prompts(&self, batch: &Batch) -> PromptBatch {
+    /// Returns the prompts of a part of a batch, with their reference images.
+    pub fn prompts(&self, model: &DeepGen, part: &Part<'_>) -> PromptBatch {
         let images = |own: &Vec<Pixels>| own.iter().map(|image| tensor(image, &self.device)).collect();
-        PromptBatch { ids: batch.ids.clone(), images: batch.references.iter().map(images).collect() }
+        let ids = part.batch.ids[part.rows.clone()].to_vec();
+        let mut prompts = PromptBatch::new(ids, part.references().iter().map(images).collect());
+        if !part.is_whole() {
+            let grid = |image: &Pixels| model.vlm.visual.grid(image.height, image.width);
+            let grids: Vec<Vec<Grid>> =
+                part.batch.references.iter().map(|own| own.iter().map(grid).collect()).collect();
+            prompts.within = Frame::of(&part.batch.ids, &grids);
+        }
+        prompts
     }
 
-    /// Returns the mean loss of a batch, of shape [1]; `stream` names its draws.
+    /// Returns the mean loss of a part of a batch, of shape [1]; `stream` names its draws.
     ///
     /// # Errors
     /// When a prompt does not fit the padding.
-    pub fn loss(&self, model: &DeepGen, batch: &Batch, stream: &str, sigmas: &Sigmas) -> JobResult<Tensor<1>> {
-        let condition = model.training_condition(&self.prompts(batch)).or_input(|| "read the prompts of a batch")?;
-        self.loss_under(model, &condition, batch, stream, sigmas)
+    pub fn loss(&self, model: &DeepGen, part: &Part<'_>, stream: &str, sigmas: &Sigmas) -> JobResult<Tensor<1>> {
+        let prompts = self.prompts(model, part);
+        let condition = model.training_condition(&prompts).or_input(|| "read the prompts of a batch")?;
+        self.loss_under(model, &condition, part, stream, sigmas)
     }
 
-    /// Returns the mean loss of a batch under conditions that were made before.
+    /// Returns the mean loss of a part of a batch under conditions that were made before.
     ///
     /// # Errors
     /// When images cannot be stacked.
@@ -129,76 +208,74 @@ impl FlowStep {
         &self,
         model: &DeepGen,
         condition: &Condition,
-        batch: &Batch,
+        part: &Part<'_>,
         stream: &str,
         sigmas: &Sigmas,
     ) -> JobResult<Tensor<1>> {
-        let num_references = batch.references.first().map_or(0, Vec::len);
-        let columns: Vec<Vec<Pixels>> = (0..num_references)
-            .map(|column| batch.references.iter().filter_map(|own| own.get(column).cloned()).collect())
-            .collect();
-        let is_uniform = have_one_size(&batch.images)
-            && batch.references.iter().all(|own| own.len() == num_references)
-            && columns.iter().all(|column| have_one_size(column));
-        if is_uniform {
+        let rows = part.rows.clone();
+        let columns = columns(&part.batch.references);
+        // The whole batch decides how its numbers are drawn.
+        if let (true, Some(columns)) = (have_one_size(&part.batch.images), columns) {
             // One size: everything in a few large operations.
-            let pixels = stack(&batch.images, &self.device)?;
-            let clean = self.encode(model, pixels, &format!("target/{stream}"), (Purpose::Target, 0));
+            let whose = Whose::Samples(rows.clone());
+            let pixels = stack(part.images(), &self.device)?;
+            let clean = self.encode(model, pixels, &format!("target/{stream}"), (Purpose::Target, &whose));
             let mut references = Vec::new();
             for (i, column) in columns.iter().enumerate() {
-                let pixels = stack(column, &self.device)?;
+                let pixels = stack(&column[rows.clone()], &self.device)?;
                 let name = format!("reference-{i}/{stream}");
-                references.push(self.encode(model, pixels, &name, (Purpose::Reference(i), 0)));
+                references.push(self.encode(model, pixels, &name, (Purpose::Reference(i), &whose)));
             }
             let velocity = |latents, timestep_b| model.velocity(latents, timestep_b, condition, &references);
-            return Ok(self.loss_of_latents(clean, stream, sigmas, velocity));
+            return Ok(self.loss_of_latents(clean, rows, stream, sigmas, velocity));
         }
         let one = |image: &Pixels, name: String, purpose: Purpose, sample: usize| -> Tensor<3> {
             let pixels = tensor(image, &self.device).unsqueeze::<4>();
-            self.encode(model, pixels, &name, (purpose, sample)).squeeze_dim::<3>(0)
+            self.encode(model, pixels, &name, (purpose, &Whose::Sample(sample))).squeeze_dim::<3>(0)
         };
-        let target = |(i, image): (usize, &Pixels)| one(image, format!("target/{stream}/{i}"), Purpose::Target, i);
-        let references = batch.references.iter().enumerate().map(|(i, own)| {
-            let reference = |(j, image): (usize, &Pixels)| {
-                one(image, format!("reference-{j}/{stream}/{i}"), Purpose::Reference(j), i)
-            };
+        let target = |(i, image): (usize, &Pixels)| one(image, format!("target/{stream}"), Purpose::Target, i);
+        let references = rows.clone().zip(part.references()).map(|(i, own)| {
+            let reference =
+                |(j, image): (usize, &Pixels)| one(image, format!("reference-{j}/{stream}"), Purpose::Reference(j), i);
             own.iter().enumerate().map(reference).collect()
         });
         let references: Vec<Vec<Tensor<3>>> = references.collect();
-        let latents: Vec<Tensor<3>> = batch.images.iter().enumerate().map(target).collect();
-        let noise = latents.iter().enumerate().map(|(i, latent)| {
-            let [c, h, w] = latent.dims();
-            let name = format!("noise/{stream}/{i}");
-            self.draws.normals(&name, Purpose::Noise, i, [1, c, h, w], &self.device).squeeze_dim::<3>(0)
+        let latents: Vec<Tensor<3>> = rows.clone().zip(part.images()).map(target).collect();
+        let noise = rows.clone().zip(&latents).map(|(i, latent)| {
+            let (name, whose) = (format!("noise/{stream}"), Whose::Sample(i));
+            self.draws.normals(&name, Purpose::Noise, &whose, latent.dims(), &self.device).squeeze_dim::<3>(0)
         });
-        let levels = self.levels(stream, sigmas, batch.images.len());
-        let targets = FlowTargets { noise: noise.collect(), latents, sigmas: levels, references };
+        let noise = noise.collect();
+        let targets = FlowTargets { noise, sigmas: self.levels(rows, stream, sigmas), latents, references };
         Ok(model.flow_loss_under(condition, &targets, self.mixing_dtype()).loss)
     }
 
-    /// Returns the mean loss [1] of clean latents `[b, c, h, w]`, of which `velocity` predicts where they come from after
-    /// they were mixed with noise: it is given them, and 1000 times their noise levels `[b]`.
+    /// Returns the mean loss [1] of clean latents `[rows, c, h, w]` of the samples at `rows` of a batch. `velocity` predicts
+    /// where they come from after they were mixed with noise; it is given them, and 1000 times their noise levels `[rows]`.
     pub fn loss_of_latents(
         &self,
         clean: Tensor<4>,
+        rows: Range<usize>,
         stream: &str,
         sigmas: &Sigmas,
         velocity: impl FnOnce(Tensor<4>, Tensor<1>) -> Tensor<4>,
     ) -> Tensor<1> {
-        let levels = self.levels(stream, sigmas, clean.dims()[0]);
-        let eps = self.draws.normals(&format!("noise/{stream}"), Purpose::Noise, 0, clean.dims(), &self.device);
+        let levels = self.levels(rows.clone(), stream, sigmas);
+        let [_, c, h, w] = clean.dims();
+        let (name, whose) = (format!("noise/{stream}"), Whose::Samples(rows));
+        let eps = self.draws.normals(&name, Purpose::Noise, &whose, [c, h, w], &self.device);
         let noisy = add_noise(clean, eps, &levels, self.mixing_dtype());
         loss(velocity(noisy.latents, noisy.timestep_b), noisy.target)
     }
 
-    /// Returns the noise levels of `count` samples.
-    pub fn levels(&self, stream: &str, sigmas: &Sigmas, count: usize) -> Vec<f32> {
+    /// Returns the noise levels of the samples at `rows` of a batch.
+    pub fn levels(&self, rows: Range<usize>, stream: &str, sigmas: &Sigmas) -> Vec<f32> {
         match sigmas {
             Sigmas::Drawn => {
-                let draws = self.draws.uniforms(&format!("sigma/{stream}"), count);
+                let draws = self.draws.uniforms(&format!("sigma/{stream}"), rows);
                 draws.into_iter().map(|u| self.table.sigma(u)).collect()
             }
-            Sigmas::Fixed(sigma) => vec![*sigma; count],
+            Sigmas::Fixed(sigma) => vec![*sigma; rows.len()],
         }
     }
 
@@ -209,11 +286,50 @@ impl FlowStep {
         }
     }
 
-    /// Encodes images `[b, 3, h, w]` of the samples from `draw.1` on to sampled latents.
-    fn encode(&self, model: &DeepGen, pixels: Tensor<4>, name: &str, draw: (Purpose, usize)) -> Tensor<4> {
-        let [b, _, h, w] = pixels.dims();
+    /// Encodes images `[b, 3, h, w]` to sampled latents.
+    fn encode(&self, model: &DeepGen, pixels: Tensor<4>, name: &str, draw: (Purpose, &Whose)) -> Tensor<4> {
+        let [_, _, h, w] = pixels.dims();
         let vae = &model.spec().base.vae;
-        let shape = [b, vae.latent_channels, h / vae.downscale(), w / vae.downscale()];
+        let shape = [vae.latent_channels, h / vae.downscale(), w / vae.downscale()];
         model.encode(pixels, self.draws.normals(&format!("posterior/{name}"), draw.0, draw.1, shape, &self.device))
+    }
+}
+
+/// Returns the references place by place, if every sample has as many, and those of a place have one size.
+fn columns(references: &[Vec<Pixels>]) -> Option<Vec<Vec<Pixels>>> {
+    let count = references.first().map_or(0, Vec::len);
+    if references.iter().any(|own| own.len() != count) {
+        return None;
+    }
+    let column = |place: usize| references.iter().map(|own| own[place].clone()).collect::<Vec<Pixels>>();
+    let columns: Vec<Vec<Pixels>> = (0..count).map(column).collect();
+    columns.iter().all(|column| have_one_size(column)).then_some(columns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_equal_as_far_as_they_can_be_and_miss_no_sample() {
+        let sizes = |count, division| divide(count, division).map(|rows| rows.len()).collect::<Vec<_>>();
+        assert_eq!(sizes(8, 2), [4, 4]);
+        assert_eq!(sizes(7, 3), [2, 2, 3]);
+        assert_eq!(sizes(3, 8), [1, 1, 1]);
+        assert_eq!(sizes(1, 4), [1]);
+        assert_eq!(divide(7, 3).flatten().collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 6]);
+    }
+
+    #[test]
+    fn a_part_of_a_batch_draws_what_the_whole_would_draw_for_it() {
+        let draws = Draws::Seeded(5);
+        let device = Device::flex();
+        let normals = |whose: Whose| -> Vec<f32> {
+            draws.normals("a", Purpose::Noise, &whose, [3, 1, 3], &device).into_data().iter::<f32>().collect()
+        };
+        let whole = normals(Whose::Samples(0..4));
+        assert_eq!(normals(Whose::Samples(1..3)), whole[9..27]);
+        assert_eq!(draws.uniforms("u", 2..5), draws.uniforms("u", 0..5)[2..]);
+        assert_ne!(normals(Whose::Sample(1)), whole[9..18]);
     }
 }

@@ -94,6 +94,15 @@ impl JobContext {
         self.spec.project_root.join(path)
     }
 
+    /// Says that this stage does not compute its batches in parts, if that was asked for; `why` says what else there is to do.
+    pub fn warn_of_undivided(&mut self, why: &str) {
+        let division = self.spec.remedies.micro_batch_division;
+        if division > 1 {
+            self.emitter
+                .warn(format!("memory ran out before and micro-batches in {division} parts were asked for: {why}"));
+        }
+    }
+
     /// Returns true once a stop was asked for.
     pub fn is_stop_requested(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
@@ -162,7 +171,10 @@ pub fn run(dir: &Path) -> anyhow::Result<Outcome> {
         }
         Ok(Ok(JobEnd::Stopped(step))) => Outcome::Stopped { step },
         Ok(Err(error)) => Outcome::Failed { cause: error.cause, message: error.message },
-        Err(panic) => Outcome::Failed { cause: FailureCause::Internal, message: panic_message(panic.as_ref()) },
+        Err(panic) => {
+            let message = panic_message(panic.as_ref());
+            Outcome::Failed { cause: panic_cause(&message), message }
+        }
     };
     files::write_json(&dir.join(OUTCOME_FILE), &outcome)?;
     Ok(outcome)
@@ -183,6 +195,14 @@ fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
     fs::create_dir_all(&out).or_io(|| format!("create {}", out.display()))?;
     let settings = spec.settings.clone();
     let mut context = JobContext { spec, dir: dir.to_owned(), emitter, device, stop };
+    match &settings {
+        Settings::Train(_) => {}
+        Settings::Rl(_) => {
+            context.warn_of_undivided("this stage has none to divide; lower `rollout.prompts` or `sft.batch`");
+        }
+        Settings::Generate(_) => context.warn_of_undivided("this stage does not divide; lower `batch`"),
+        _ => context.warn_of_undivided("this stage does not divide"),
+    }
     let end = match &settings {
         Settings::Import(settings) => stages::import::run(settings, &mut context),
         Settings::Prepare(settings) => stages::prepare::run(settings, &mut context),
@@ -207,6 +227,27 @@ fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
     Ok(end)
 }
 
+/// What a device says of itself when its memory is full. `cubecl-runtime` 0.11 (`server/base.rs`): an allocation that failed, one
+/// beyond the device, one while a kernel was started; the CUDA driver's own name of it; wgpu 30 (`wgpu-hal/src/lib.rs`,
+/// `wgpu-core/src/device/mod.rs`).
+const FULL_MEMORY: [&str; 6] = [
+    "out of device memory",
+    "can't allocate buffer of size",
+    "out-of-memory error",
+    "cuda_error_out_of_memory",
+    "out of memory",
+    "not enough memory left",
+];
+
+/// Returns why a worker panicked: memory that is full on a device can be told from a broken invariant by its message alone.
+pub fn panic_cause(message: &str) -> FailureCause {
+    let message = message.to_lowercase();
+    match FULL_MEMORY.iter().any(|words| message.contains(words)) {
+        true => FailureCause::OutOfMemory,
+        false => FailureCause::Internal,
+    }
+}
+
 /// Returns what a panic said.
 pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic
@@ -215,4 +256,24 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
         .or_else(|| panic.downcast_ref::<String>().cloned())
         .unwrap_or_else(|| "no message".into());
     format!("the worker panicked: {text}; stderr.log holds the place")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn full_memory_of_a_device_is_told_from_a_bug() {
+        for message in [
+            "called `Result::unwrap()` on an `Err` value: out of device memory allocating 8589934592 bytes",
+            "can't allocate buffer of size: 99999999999",
+            "An out-of-memory error happened during launch\nCaused by:\n  ...",
+            "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")",
+            "wgpu error: Out of Memory",
+            "wgpu error: Not enough memory left.",
+        ] {
+            assert_eq!(panic_cause(message), FailureCause::OutOfMemory, "{message}");
+        }
+        assert_eq!(panic_cause("index out of bounds: the len is 3"), FailureCause::Internal);
+    }
 }

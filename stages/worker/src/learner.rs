@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use burn::module::Module;
+use deepgen_contract::job::FailureCause;
 use deepgen_contract::train::{EmaSettings, OnNonFinite, OptimizerSettings};
 use deepgen_model::weights::WeightFile;
 use deepgen_model::{Device, Tensor};
@@ -16,6 +17,7 @@ use crate::ema::EmaWeights;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult};
 use crate::fit::ensure_finite_loss;
+use crate::flow_step::divide;
 use crate::job::JobContext;
 use crate::model_folder;
 use crate::optimize::{self, AdamW, GradientSum, schedule_factor};
@@ -23,7 +25,7 @@ use crate::optimize::{self, AdamW, GradientSum, schedule_factor};
 /// Name prefix of trained parameters in a checkpoint.
 const PREFIX: &str = "trained.";
 
-/// The loss of one micro-batch.
+/// The loss of a micro-batch, or of a part of it.
 pub struct Loss {
     /// Its name among the metrics.
     pub name: String,
@@ -35,11 +37,24 @@ pub struct Loss {
 
 /// What a learner descends.
 pub trait Losses<M> {
-    /// Returns the loss of micro-batch `iteration`, which is a function of the iteration and the weights.
+    /// The samples of a micro-batch.
+    type Batch;
+
+    /// Gets micro-batch `iteration`, which is a function of its number.
     ///
     /// # Errors
     /// When the data cannot be read.
-    fn loss(&mut self, model: &M, iteration: u64, context: &mut JobContext) -> JobResult<Loss>;
+    fn batch(&mut self, iteration: u64, context: &mut JobContext) -> JobResult<Self::Batch>;
+
+    /// Returns the number of its samples.
+    fn num_samples(batch: &Self::Batch) -> usize;
+
+    /// Returns the mean loss of the samples at `rows` of micro-batch `iteration`. What is drawn for a sample does not depend
+    /// on the rows beside it.
+    ///
+    /// # Errors
+    /// When the samples do not fit the model.
+    fn loss(&self, model: &M, iteration: u64, batch: &Self::Batch, rows: Range<usize>) -> JobResult<Loss>;
 
     /// Keeps micro-batch `iteration` for a person to look at, and returns where.
     ///
@@ -55,6 +70,8 @@ pub struct UpdateRule {
     pub optimizer: OptimizerSettings,
     /// Micro-batches of an update, whose gradients are averaged.
     pub accumulation: u64,
+    /// Parts of a micro-batch, one after the other: less memory for the same update.
+    pub division: usize,
     /// Micro-batches in all: the length of the learning rate's course.
     pub total: u64,
     /// Steps of the job that come before the first micro-batch.
@@ -149,18 +166,17 @@ impl<M: Module> Learner<M> {
     ) -> JobResult<Metrics> {
         let step = self.rule.steps_before + iteration;
         let accumulation = self.rule.accumulation.max(1);
-        let loss = losses.loss(self.model(), iteration, context)?;
-        let value = f64::from(loss.value.clone().into_scalar::<f32>());
+        let batch = losses.batch(iteration, context)?;
         let mut metrics = Metrics::new();
-        match ensure_finite_loss(step, &loss.name, value, &loss.keys) {
-            Ok(()) => {
-                self.add(loss.value, 1.0 / accumulation as f64);
-                metrics.insert(loss.name, value);
+        match self.descend(losses, iteration, &batch) {
+            Ok((name, value)) => {
+                metrics.insert(name, value);
             }
-            Err(error) => {
+            Err(error) if error.cause == FailureCause::NonFinite => {
                 let kept = losses.keep(iteration, &error.message, context);
                 leave_out(self.rule.on_non_finite, error, kept, context)?;
             }
+            Err(error) => return Err(error),
         }
         if (iteration + 1).is_multiple_of(accumulation) {
             let optimizer = &self.rule.optimizer;
@@ -178,6 +194,38 @@ impl<M: Module> Learner<M> {
             }
         }
         Ok(metrics)
+    }
+
+    /// Adds the gradient of a micro-batch, part by part; returns the name and the value of its loss.
+    fn descend<L: Losses<M>>(&mut self, losses: &L, iteration: u64, batch: &L::Batch) -> JobResult<(String, f64)> {
+        let accumulation = self.rule.accumulation.max(1) as f64;
+        let count = L::num_samples(batch);
+        // Where a micro-batch may be left out, its parts are summed apart: a later one may turn out not to be finite. Else the
+        // sum is given up with the update.
+        let earlier = match self.rule.on_non_finite {
+            OnNonFinite::Skip => std::mem::take(&mut self.gradients),
+            OnNonFinite::Stop | OnNonFinite::Rollback => GradientSum::default(),
+        };
+        let mut found = (String::new(), 0.0);
+        let mut outcome = Ok(());
+        for rows in divide(count, self.rule.division) {
+            let share = rows.len() as f64 / count as f64;
+            let loss = losses.loss(self.model(), iteration, batch, rows)?;
+            let value = f64::from(loss.value.clone().into_scalar::<f32>());
+            outcome = ensure_finite_loss(self.rule.steps_before + iteration, &loss.name, value, &loss.keys);
+            if outcome.is_err() {
+                break;
+            }
+            self.add(loss.value, share / accumulation);
+            found = (loss.name, found.1 + share * value);
+        }
+        if self.rule.on_non_finite == OnNonFinite::Skip {
+            let own = std::mem::replace(&mut self.gradients, earlier);
+            if outcome.is_ok() {
+                self.gradients.merge(own);
+            }
+        }
+        outcome.map(|()| found)
     }
 
     /// Returns everything that a later update depends on.
@@ -260,7 +308,17 @@ mod tests {
     struct Toy(Bad);
 
     impl Losses<Linear> for Toy {
-        fn loss(&mut self, model: &Linear, iteration: u64, _context: &mut JobContext) -> JobResult<Loss> {
+        type Batch = ();
+
+        fn batch(&mut self, _iteration: u64, _context: &mut JobContext) -> JobResult<()> {
+            Ok(())
+        }
+
+        fn num_samples((): &()) -> usize {
+            1
+        }
+
+        fn loss(&self, model: &Linear, iteration: u64, (): &(), _rows: Range<usize>) -> JobResult<Loss> {
             let weight = model.weight.val();
             let value = match (self.0, iteration) {
                 // The root's slope at 0 is infinite.
@@ -314,6 +372,7 @@ mod tests {
         let rule = UpdateRule {
             optimizer,
             accumulation: ACCUMULATION,
+            division: 1,
             total: TOTAL,
             steps_before: 0,
             on_non_finite,

@@ -3,16 +3,17 @@
 //! Knows mixture and model, no optimiser. A micro-batch is a function of the seed and its number, so that any of them can be
 //! read again.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use deepgen_data::batch::{Batch, LoadError, Loader};
 use deepgen_data::prefetch::Prefetch;
 use deepgen_data::stream::Shard;
 use deepgen_model::deepgen::DeepGen;
-use deepgen_model::random::with_dropout;
+use deepgen_model::random::{Rows, with_dropout};
 
 use crate::error::{JobError, JobResult, OrFail};
-use crate::flow_step::{FlowStep, Sigmas, loss_name};
+use crate::flow_step::{FlowStep, Part, Sigmas, loss_name};
 use crate::job::JobContext;
 use crate::learner::{Loss, Losses};
 use crate::suspects;
@@ -45,7 +46,7 @@ impl MicroBatches {
     ///
     /// # Errors
     /// When sample after sample cannot be read.
-    pub fn batch(&mut self, iteration: u64) -> JobResult<Batch> {
+    pub fn next(&mut self, iteration: u64) -> JobResult<Batch> {
         if self.prefetch.as_ref().is_none_or(|(next, _)| *next != iteration) {
             let (loader, shard) = (Arc::clone(&self.loader), Shard::single(self.seed));
             let job = move |number| loader.load(shard, number);
@@ -69,15 +70,27 @@ impl MicroBatches {
 }
 
 impl Losses<DeepGen> for MicroBatches {
-    fn loss(&mut self, model: &DeepGen, iteration: u64, context: &mut JobContext) -> JobResult<Loss> {
-        let batch = self.batch(iteration)?;
+    type Batch = Batch;
+
+    fn batch(&mut self, iteration: u64, context: &mut JobContext) -> JobResult<Batch> {
+        let batch = self.next(iteration)?;
         for replaced in &batch.replaced {
             context.emitter.warn(format!("a sample was replaced: {replaced}"));
         }
+        Ok(batch)
+    }
+
+    fn num_samples(batch: &Batch) -> usize {
+        batch.images.len()
+    }
+
+    fn loss(&self, model: &DeepGen, iteration: u64, batch: &Batch, rows: Range<usize>) -> JobResult<Loss> {
         let stream = format!("train/{iteration}");
         let dropout_seed = self.seed ^ (iteration + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        let value = with_dropout(dropout_seed, || self.flow.loss(model, &batch, &stream, &Sigmas::Drawn))?;
-        Ok(Loss { name: loss_name("train", batch.task), value, keys: batch.keys })
+        let of_batch = Rows { first: rows.start, count: rows.len(), total: batch.images.len() };
+        let part = Part::of(batch, rows.clone());
+        let value = with_dropout(dropout_seed, of_batch, || self.flow.loss(model, &part, &stream, &Sigmas::Drawn))?;
+        Ok(Loss { name: loss_name("train", batch.task), value, keys: batch.keys[rows].to_vec() })
     }
 
     fn keep(&self, iteration: u64, why: &str, context: &JobContext) -> JobResult<String> {

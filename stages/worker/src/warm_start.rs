@@ -26,7 +26,7 @@ use crate::checkpoint::NamedTensors;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::ensure_finite_loss;
-use crate::flow_step::FlowStep;
+use crate::flow_step::{FlowStep, Part};
 use crate::learner::Learner;
 use crate::optimize::{AdamW, GradientSum, schedule_factor};
 use crate::padded_ids::pad_right;
@@ -114,7 +114,9 @@ impl WarmStart {
         };
         let ids = pad_right(&self.tokenizer, &texts, self.num_tokens, &plain)?;
         let (sequence, pooled) = self.conditioner.forward(ids);
-        let condition = model.training_condition(&flow.prompts(batch)).or_input(|| "read the prompts of a batch")?;
+        let condition = model
+            .training_condition(&flow.prompts(model, &Part::whole(batch)))
+            .or_input(|| "read the prompts of a batch")?;
         let [b, t, d] = condition.sequence.dims();
         let wanted = self.num_tokens.min(t);
         let last = sequence.clone().narrow(1, self.num_tokens - 1, 1).expand([b, t - wanted, d]);

@@ -15,7 +15,7 @@ use burn::tensor::DType;
 
 use super::{HostOp, Tape, TapeTensor, apply, array, dense, takes};
 use crate::Tensor;
-use crate::random::{self, Stream};
+use crate::random::{self, Dropout};
 use crate::weights::map_params;
 
 type Run<M, const N: usize> = Arc<dyn Fn(&M, [Tensor<1>; N]) -> Tensor<1> + Send + Sync>;
@@ -26,7 +26,7 @@ struct State<M, const N: usize> {
     inputs: [FlexTensor; N],
     run: Run<M, N>,
     /// Where dropout stood before the block, if it was on.
-    dropout: Option<Stream>,
+    dropout: Option<Dropout>,
 }
 
 impl<M: Clone, const N: usize> Clone for State<M, N> {
@@ -105,7 +105,7 @@ pub(crate) fn rerun<M: Module + 'static, const N: usize>(
         let first = inputs[0].clone().without_autodiff();
         inputs[0] = Tensor::from_inner(first).require_grad();
     }
-    let dropout = random::dropout_stream();
+    let dropout = random::dropout_place();
     let plain = inputs.each_ref().map(|input| input.clone().without_autodiff());
     let output = run(&block.valid(), plain.clone());
     let tensors = inputs
@@ -143,7 +143,7 @@ impl<M: Module + 'static, const N: usize> Backward<Flex, N> for Rerun<M> {
             leaves.push(if parent.is_some() { leaf.require_grad() } else { leaf });
         }
         let arguments: [Tensor<1>; N] = std::array::from_fn(|i| leaves[i].clone());
-        let output = random::with_dropout_stream(dropout, || run(&fresh, arguments));
+        let output = random::with_dropout_at(dropout, || run(&fresh, arguments));
         let mut inner = apply::<_, 1, 1>(Seed { grad }, [output.into()]).backward();
         for (parent, leaf) in ops.parents.iter().zip(leaves) {
             if let (Some(node), Some(gradient)) = (parent, leaf.grad_remove(&mut inner)) {

@@ -1,6 +1,8 @@
 //! A whole curve of a tiny DiT, through the training loop itself: [`fit`], a [`Learner`] and a [`FlowStep`] as in stages 1 and
 //! 2. The case states latents and conditions in place of images and prompts, and every number that is drawn.
 
+use std::ops::Range;
+
 use burn::tensor::TensorData;
 use deepgen_contract::train::{CheckpointSettings, FloatKind, OnNonFinite, Schedule};
 use deepgen_model::dit::{Condition, Dit};
@@ -41,9 +43,12 @@ struct Stated {
 }
 
 impl Losses<Dit> for Stated {
-    fn loss(&mut self, model: &Dit, iteration: u64, _context: &mut JobContext) -> JobResult<Loss> {
+    /// Rows of the stated samples.
+    type Batch = Vec<i64>;
+
+    fn batch(&mut self, iteration: u64, _context: &mut JobContext) -> JobResult<Vec<i64>> {
         let place = iteration as usize;
-        let chosen = &self.order[place];
+        let chosen = self.order[place].clone();
         let uniforms = &self.uniforms[place * chosen.len()..][..chosen.len()];
         let noise = self.noise.clone().narrow(0, place, 1).squeeze_dim::<4>(0);
         let rows = |noise: Tensor<4>| noise.into_data().iter::<f32>().collect::<Vec<f32>>();
@@ -53,14 +58,24 @@ impl Losses<Dit> for Stated {
             targets: Vec::new(),
             references: Vec::new(),
         });
-        self.levels.extend(self.flow.levels("", &Sigmas::Drawn, chosen.len()));
-        let rows = IntTensor::<1>::from_data(TensorData::new(chosen.clone(), [chosen.len()]), &self.flow.device);
+        self.levels.extend(self.flow.levels(0..chosen.len(), "", &Sigmas::Drawn));
+        Ok(chosen)
+    }
+
+    fn num_samples(batch: &Vec<i64>) -> usize {
+        batch.len()
+    }
+
+    fn loss(&self, model: &Dit, _iteration: u64, batch: &Vec<i64>, part: Range<usize>) -> JobResult<Loss> {
+        let chosen = &batch[part.clone()];
+        let rows = IntTensor::<1>::from_data(TensorData::new(chosen.to_vec(), [chosen.len()]), &self.flow.device);
         let text = self.text.clone().select(0, rows.clone());
         let pooled = self.pooled.clone().select(0, rows.clone());
         let velocity = |latents, timestep_b| {
             model.forward(latents, &Condition { timestep_b, text_btc: text, pooled_bc: pooled }, &[])
         };
-        let value = self.flow.loss_of_latents(self.latents.clone().select(0, rows), "", &Sigmas::Drawn, velocity);
+        let clean = self.latents.clone().select(0, rows);
+        let value = self.flow.loss_of_latents(clean, part, "", &Sigmas::Drawn, velocity);
         Ok(Loss { name: LOSS.into(), value, keys: chosen.iter().map(|row| format!("row {row}")).collect() })
     }
 
@@ -122,7 +137,8 @@ pub fn run(case: &Case, check: &mut Checker) -> ParityResult<()> {
         levels: Vec::new(),
     };
     let on_non_finite = OnNonFinite::Stop;
-    let update = UpdateRule { optimizer, accumulation: 1, total, steps_before: 0, on_non_finite, ema: None };
+    let update =
+        UpdateRule { optimizer, accumulation: 1, division: 1, total, steps_before: 0, on_non_finite, ema: None };
     let mut trainer = CurveTrainer { learner: Learner::new(select(hub::load_dit(case)?)?, update), stated };
     let plan = FitPlan {
         total,

@@ -25,7 +25,7 @@ use super::connector::bridge_config;
 use super::error::{ParityError, ParityResult};
 use super::readings::Readings;
 use super::{hub, language};
-use crate::flow_step::{Draws, FlowStep, Recorded, Sigmas};
+use crate::flow_step::{Draws, FlowStep, Part, Recorded, Sigmas};
 use crate::optimize::GradientSum;
 use crate::sampling::{Drawer, Sampling, draw_latents};
 
@@ -214,7 +214,7 @@ pub fn loss(case: &Case, check: &mut Checker) -> ParityResult<()> {
     let (model, _) = trainable::select(whole.model, &TRAINABLE.map(str::to_owned)).map_err(unsupported)?;
     whole.model = model;
     let model = &whole.model;
-    let prompts = flow.prompts(&batch);
+    let prompts = flow.prompts(model, &Part::whole(&batch));
     let layout = lay_out(model, &prompts)?;
     let order: Vec<usize> = (0..batch.ids.len()).collect();
     check_ids(check, &layout, &order)?;
@@ -223,7 +223,7 @@ pub fn loss(case: &Case, check: &mut Checker) -> ParityResult<()> {
     let layers: Vec<usize> = case.config.get("selected_hidden_layers")?;
     check.claim("selected layers", model.bridge.layers() == layers, format!("{:?}", model.bridge.layers()));
 
-    let (loss, readings) = probe::record(|| flow.loss(model, &batch, "parity", &Sigmas::Drawn));
+    let (loss, readings) = probe::record(|| flow.loss(model, &Part::whole(&batch), "parity", &Sigmas::Drawn));
     let loss = loss?;
     check_readings(check, &Readings::new(readings), &batch)?;
     check.scalar("loss", loss.clone(), Quantity::Forward)?;
@@ -346,7 +346,7 @@ pub fn generate(case: &Case, check: &mut Checker) -> ParityResult<()> {
     let images: Vec<Vec<Tensor<3>>> =
         sources.iter().map(|own| own.iter().map(|image| crate::feed::tensor(image, &case.device)).collect()).collect();
     let prompts = |texts: &[String]| -> ParityResult<PromptBatch> {
-        Ok(PromptBatch { ids: encode(&whole, texts, &sources)?, images: images.clone() })
+        Ok(PromptBatch::new(encode(&whole, texts, &sources)?, images.clone()))
     };
     let (negative, positive) = (prompts(&negative)?, prompts(&positive)?);
     let layout = lay_out(model, &negative.clone().followed_by(positive.clone()))?;

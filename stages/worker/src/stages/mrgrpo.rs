@@ -31,7 +31,7 @@ use crate::device;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
-use crate::flow_step::{Draws, FlowStep, Sigmas};
+use crate::flow_step::{Draws, FlowStep, Part, Sigmas};
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::learner::{Learner, UpdateRule, leave_out};
 use crate::model_folder;
@@ -137,6 +137,7 @@ impl RlTrainer {
                 UpdateRule {
                     optimizer: settings.optimizer.clone(),
                     accumulation: 1,
+                    division: 1,
                     total: settings.policy.iterations,
                     steps_before: 0,
                     on_non_finite: settings.policy.on_non_finite,
@@ -302,7 +303,7 @@ impl RlTrainer {
         }
         if let Some(batch) = self.auxiliary_batch(iteration)? {
             let stream = format!("rl/{iteration}/sft");
-            let loss = self.flow.loss(self.learner.model(), &batch, &stream, &Sigmas::Drawn)?;
+            let loss = self.flow.loss(self.learner.model(), &Part::whole(&batch), &stream, &Sigmas::Drawn)?;
             let value = scalar(loss.clone());
             match ensure_finite_loss(iteration, "train/loss_text2image", value, &batch.keys) {
                 Ok(()) => {

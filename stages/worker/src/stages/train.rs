@@ -22,7 +22,7 @@ use crate::device;
 use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, fit};
-use crate::flow_step::{Draws, FlowStep, Sigmas, loss_name};
+use crate::flow_step::{Draws, FlowStep, Part, Sigmas, divide, loss_name};
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::learner::{Learner, UpdateRule, leave_out};
 use crate::micro_batches::MicroBatches;
@@ -73,6 +73,8 @@ struct StageTrainer {
     held_out: Vec<(Task, Vec<Batch>)>,
     warm_start: Option<WarmStart>,
     settings: TrainSettings,
+    /// Parts that micro-batches, and held-out batches, are divided into.
+    division: usize,
     seed: u64,
 }
 
@@ -131,16 +133,22 @@ impl StageTrainer {
             draws: Draws::Seeded(seed),
             device,
         };
+        let division = division(loader.mixture.description().micro_batch, context);
         let steps_before = warm_start.as_ref().map_or(0, WarmStart::iters);
         let rule = UpdateRule {
             optimizer: settings.optimizer.clone(),
             accumulation: settings.train.accumulation,
+            division,
             total: settings.train.max_iters,
             steps_before,
             on_non_finite: settings.train.on_non_finite,
             ema: settings.train.ema,
         };
         let held_out = held_out_batches(&loader)?;
+        if warm_start.is_some() {
+            context
+                .warn_of_undivided("all of this stage is divided but `warm_start`, which compares whole micro-batches");
+        }
         let prepared = (settings.train.prefetch, context.spec.threads);
         Ok(Self {
             learner: Learner::new(model, rule),
@@ -148,6 +156,7 @@ impl StageTrainer {
             held_out,
             warm_start,
             settings: settings.clone(),
+            division,
             seed,
         })
     }
@@ -157,7 +166,7 @@ impl StageTrainer {
     }
 
     fn warm_step(&mut self, step: u64, context: &mut JobContext) -> JobResult<Metrics> {
-        let batch = self.batches.batch(step)?;
+        let batch = self.batches.next(step)?;
         let warm = self.warm_start.as_mut().expect("warm steps exist only with a warm start");
         match warm.step(&mut self.learner, &self.batches.flow, &batch, step) {
             Err(error) if error.cause == FailureCause::NonFinite => {
@@ -168,6 +177,24 @@ impl StageTrainer {
             result => result,
         }
     }
+}
+
+/// Returns the parts that the micro-batches are divided into because an earlier attempt ran out of memory.
+fn division(micro_batch: usize, context: &mut JobContext) -> usize {
+    let asked = context.spec.remedies.micro_batch_division.max(1) as usize;
+    let division = asked.min(micro_batch.max(1));
+    if division > 1 {
+        context.emitter.note(format!(
+            "each micro-batch of {micro_batch} samples is computed in {division} parts; the update is the same but for rounding"
+        ));
+    }
+    if division < asked {
+        context.emitter.warn(format!(
+            "memory ran out before: {asked} parts were asked for, but a micro-batch has {micro_batch} samples. Set \
+             `train.activation_checkpointing`, or a smaller `image.size`"
+        ));
+    }
+    division
 }
 
 /// Returns the held-out samples of each task in batches.
@@ -209,15 +236,20 @@ impl Trainer for StageTrainer {
         let mut metrics = Metrics::new();
         for (task, batches) in &self.held_out {
             let (mut sum, mut count) = (0.0, 0.0);
-            for (number, batch) in batches.iter().enumerate() {
-                let condition =
-                    model.training_condition(&flow.prompts(batch)).or_input(|| "read the held-out prompts")?;
+            let parts = |batch: &Batch| divide(batch.images.len(), self.division);
+            let parts = batches
+                .iter()
+                .enumerate()
+                .flat_map(|(number, batch)| parts(batch).map(move |rows| (number, Part::of(batch, rows))));
+            for (number, part) in parts {
+                let prompts = flow.prompts(&model, &part);
+                let condition = model.training_condition(&prompts).or_input(|| "read the held-out prompts")?;
                 for &sigma in &self.settings.validation.sigmas {
                     let stream = format!("validation/{number}/{sigma}");
                     let fixed = Sigmas::Fixed(sigma as f32);
-                    let loss = flow.loss_under(&model, &condition, batch, &stream, &fixed)?;
-                    sum += f64::from(loss.into_scalar::<f32>()) * batch.images.len() as f64;
-                    count += batch.images.len() as f64;
+                    let loss = flow.loss_under(&model, &condition, &part, &stream, &fixed)?;
+                    sum += f64::from(loss.into_scalar::<f32>()) * part.rows.len() as f64;
+                    count += part.rows.len() as f64;
                 }
             }
             metrics.insert(loss_name("validation", *task), sum / count);
@@ -240,3 +272,6 @@ impl Trainer for StageTrainer {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

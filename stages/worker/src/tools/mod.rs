@@ -9,13 +9,13 @@ mod import;
 use std::path::Path;
 use std::time::Instant;
 
-use deepgen_contract::job::{FailureCause, OUTCOME_FILE, Outcome};
+use deepgen_contract::job::{OUTCOME_FILE, Outcome};
 use deepgen_contract::tool::{TOOL_FILE, TOOL_VERSION, ToolRequest, ToolSpec};
 
 use crate::emit::Emitter;
 use crate::error::JobResult;
 use crate::files;
-use crate::job::{JobReport, panic_message};
+use crate::job::{JobReport, panic_cause, panic_message};
 
 /// Does what `dir/tool.json` asks for.
 ///
@@ -34,7 +34,10 @@ pub fn run(dir: &Path) -> anyhow::Result<Outcome> {
             Outcome::Done { metrics: report.metrics, notes: report.notes, seconds }
         }
         Ok(Err(error)) => Outcome::Failed { cause: error.cause, message: error.message },
-        Err(panic) => Outcome::Failed { cause: FailureCause::Internal, message: panic_message(panic.as_ref()) },
+        Err(panic) => {
+            let message = panic_message(panic.as_ref());
+            Outcome::Failed { cause: panic_cause(&message), message }
+        }
     };
     files::write_json(&dir.join(OUTCOME_FILE), &outcome)?;
     Ok(outcome)
