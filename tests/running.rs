@@ -38,6 +38,19 @@ fn to_runs_a_node_and_all_that_it_needs() {
 }
 
 #[test]
+fn a_worker_that_ran_out_of_memory_is_tried_again_with_smaller_parts() {
+    let project = Project::new();
+    project.script(json!({ "sft": { "fail_at": 2, "fail_attempts": 1, "fail_as": "exhaust" } }));
+    project.edit("pipelines/small.toml", "[node.sft]", "[node.sft]\nretries = 1");
+    run_with(&project, &["--to", "sft"]).expect(0);
+    let told = |attempt: u32| -> serde_json::Value {
+        let text = fs::read_to_string(project.job("sft", attempt).join("job.json")).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["remedies"]["micro_batch_division"].clone()
+    };
+    assert_eq!([told(1), told(2)], [json!(1), json!(2)]);
+}
+
+#[test]
 fn to_does_not_ask_for_files_of_other_branches() {
     let project = Project::new();
     fs::remove_dir_all(project.path("data/base")).unwrap();

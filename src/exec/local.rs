@@ -21,6 +21,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::command::{self, End};
 use super::executor::{ExecError, Executor, Report, What};
 use super::jobdir::{self, EventTail, JobDir};
+use super::memory;
 use super::process::ProcessId;
 use crate::run::event::Failure;
 use crate::run::scheduler::{Cancel, Ended};
@@ -80,7 +81,8 @@ impl LocalExecutor {
     fn follow(&mut self, node: &NodeName, attempt: u32, job: Followed, watched: Watched) {
         let Followed { folder, command } = job;
         let reports = self.reports.clone();
-        let follower = Follower { node: node.clone(), attempt, folder, command, reports, begun: Instant::now() };
+        let (begun, killed_before) = (Instant::now(), memory::num_killed());
+        let follower = Follower { node: node.clone(), attempt, folder, command, reports, begun, killed_before };
         tokio::spawn(follower.run(watched));
     }
 }
@@ -140,11 +142,9 @@ impl Watched {
     async fn ended(&mut self) -> Option<LastSeen> {
         match self {
             Self::Child(child) => match tokio::time::timeout(POLL, child.wait()).await {
-                Ok(Ok(status)) => Some(LastSeen {
-                    code: status.code(),
-                    words: describe(status),
-                    is_killed: status.signal().is_some(),
-                }),
+                Ok(Ok(status)) => {
+                    Some(LastSeen { code: status.code(), words: describe(status), signal: status.signal() })
+                }
                 Ok(Err(error)) => Some(LastSeen::unknown(format!("it cannot be waited for: {error}"))),
                 Err(_) => None,
             },
@@ -161,12 +161,13 @@ impl Watched {
 struct LastSeen {
     code: Option<i32>,
     words: String,
-    is_killed: bool,
+    /// The signal that killed it.
+    signal: Option<i32>,
 }
 
 impl LastSeen {
     fn unknown(words: String) -> Self {
-        Self { code: None, words, is_killed: false }
+        Self { code: None, words, signal: None }
     }
 }
 
@@ -177,6 +178,8 @@ struct Follower {
     folder: PathBuf,
     command: Option<CommandSettings>,
     begun: Instant,
+    /// Processes that the kernel had killed for want of memory before.
+    killed_before: Option<u64>,
     reports: UnboundedSender<Report>,
 }
 
@@ -197,7 +200,7 @@ impl Follower {
         };
         let ended = match &self.command {
             Some(settings) => self.how_the_command_ended(settings, &end),
-            None => self.how_it_ended(&end.words),
+            None => self.how_it_ended(&end),
         };
         self.send(What::Ended(ended));
     }
@@ -212,7 +215,7 @@ impl Follower {
     /// Writes the outcome that a command cannot write.
     fn how_the_command_ended(&self, settings: &CommandSettings, end: &LastSeen) -> Ended {
         let code = end.code.or_else(|| command::written_code(&self.folder));
-        if end.is_killed {
+        if end.signal.is_some() {
             return Ended::Died { message: format!("{}{}", end.words, self.last_words()) };
         }
         let end = End { code, last_words: self.last_words() };
@@ -227,12 +230,21 @@ impl Follower {
         }
     }
 
-    fn how_it_ended(&self, end: &str) -> Ended {
+    fn how_it_ended(&self, end: &LastSeen) -> Ended {
         match jobdir::outcome(&self.folder) {
             Ok(Some(Outcome::Done { .. })) => Ended::Done,
             Ok(Some(Outcome::Stopped { step })) => Ended::Stopped { step },
             Ok(Some(Outcome::Failed { cause, message })) => Ended::Failed(Failure { cause, message }),
-            Ok(None) => Ended::Died { message: format!("the worker left no outcome: {end}{}", self.last_words()) },
+            Ok(None) => {
+                let (words, last_words) = (&end.words, self.last_words());
+                match memory::ran_out(end.signal, &last_words, self.killed_before, memory::num_killed()) {
+                    true => Ended::Failed(Failure {
+                        cause: FailureCause::OutOfMemory,
+                        message: format!("the worker ran out of memory: {words}{last_words}"),
+                    }),
+                    false => Ended::Died { message: format!("the worker left no outcome: {words}{last_words}") },
+                }
+            }
             Err(error) => Ended::Failed(Failure {
                 cause: FailureCause::Internal,
                 message: format!("the worker's outcome cannot be read: {error}"),

@@ -5,6 +5,7 @@ pub mod command;
 pub mod executor;
 pub mod jobdir;
 pub mod local;
+mod memory;
 pub mod process;
 
 pub use executor::{ExecError, Executor, Report, What};

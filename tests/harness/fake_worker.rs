@@ -32,7 +32,7 @@ struct Script {
     fail_at: u64,
     /// Attempts that fail, counted from the first; 0 for all.
     fail_attempts: u32,
-    /// `io`, `non_finite` and so on, or `die` to leave without a word.
+    /// `io`, `non_finite` and so on, `die` to leave without a word, or `exhaust` to ask for more memory than there is.
     fail_as: String,
     /// Fills the disk of the artifacts when the result is complete, and leaves this many pages free.
     fill_disk_but: Option<u64>,
@@ -178,6 +178,10 @@ impl Worker<'_> {
         if self.script.fail_as == "die" {
             eprintln!("the fake worker dies at step {step}, as told");
             std::process::abort();
+        }
+        if self.script.fail_as == "exhaust" {
+            let layout = std::alloc::Layout::from_size_align(1 << 60, 16).expect("a size that can be asked for");
+            std::alloc::handle_alloc_error(layout);
         }
         let cause: FailureCause = serde_json::from_value(self.script.fail_as.clone().into())?;
         Ok(Outcome::Failed { cause, message: format!("told to fail at step {step}") })
