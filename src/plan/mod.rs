@@ -2,7 +2,6 @@
 
 mod cost;
 mod fingerprint;
-pub mod flops;
 pub mod graph;
 #[expect(clippy::module_inception, reason = "the plan is the noun of this module")]
 mod plan;

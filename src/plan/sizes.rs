@@ -1,17 +1,18 @@
 //! What a plan amounts to: parameters of each part, what trains, iterations, updates, batches, resolution.
 //!
-//! Arithmetic over resolved settings; it loads no weights. Operations and memory are counted in [`super::flops`]; time is
+//! Arithmetic over resolved settings; it loads no weights. Operations and memory are counted in the contract; time is
 //! measured, not counted ([`super::cost`]).
 
 use std::collections::BTreeMap;
 
+use deepgen_contract::flops::{self, RlIteration, Trained};
 use deepgen_contract::id::NodeName;
+use deepgen_contract::memory::{self, Memory};
 use deepgen_contract::model::{ModelSpec, ParameterCounts};
 use deepgen_contract::settings::Settings;
 use deepgen_contract::train::{LoopSettings, LoraHandoff, OptimizerSettings, Schedule};
 use serde::Serialize;
 
-use super::flops::{self, Memory, RlIteration, Trained};
 use crate::spec::{Resolved, ResolvedNode};
 
 /// Sizes of a training node.
@@ -118,7 +119,7 @@ fn operations(
             let batch = batch?;
             let flops = flops::training_sample(model, trained, side).map(|sample| sample * batch as f64);
             let micro_batch = batch / train.train.accumulation.max(1);
-            Some((flops, flops::memory(model, parts, (num, trained), (micro_batch, side), false)))
+            Some((flops, memory::of_training(model, parts, (num, trained), (micro_batch, side), false)))
         }
         Settings::Rl(rl) => {
             let rollout = &rl.rollout;
@@ -135,7 +136,7 @@ fn operations(
             let flops = flops::rl_iteration(model, &iteration, side);
             // Counted for the images of one group at once.
             let batch = rollout.group_size as u64;
-            Some((flops, flops::memory(model, parts, (num, trained), (batch, side), true)))
+            Some((flops, memory::of_training(model, parts, (num, trained), (batch, side), true)))
         }
         _ => None,
     }

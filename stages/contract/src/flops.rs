@@ -1,15 +1,13 @@
-//! Floating-point operations and memory of training, counted from the sizes of a model.
+//! Floating-point operations of training, counted from the sizes of a model.
 //!
 //! A multiplication with its addition counts as two operations. Counted are matrix products, convolutions and attention,
-//! forwards and backwards, of text-to-image samples; an edit adds its reference image to both sequences. Left out are
-//! norms, activations, the optimiser, recomputation and judges. Memory is weights, gradients, moments and activations in
-//! f32, on one device, without sharding. Arithmetic only: what a machine makes of it is measured, not computed.
+//! forwards and backwards. A plan counts text-to-image samples; a running job counts its samples as they are: the padded
+//! prompt, the image, and the references, which the vision tower, the autoencoder and the DiT read too. Left out are norms,
+//! activations, the optimiser, recomputation and judges. Arithmetic only: what a machine makes of it is measured.
 
-use deepgen_contract::model::{
-    BaseModelConfig, BridgeConfig, DitConfig, LanguageConfig, LoraConfig, ModelSpec, Padding, ParameterCounts,
-    VaeConfig,
+use crate::model::{
+    BaseModelConfig, BridgeConfig, DitConfig, LanguageConfig, LoraConfig, ModelSpec, Padding, VaeConfig, VisionConfig,
 };
-use serde::Serialize;
 
 /// Tokens of a prompt where they are padded to the longest of a batch: captions of the release's data are about as long.
 pub const ASSUMED_PROMPT_TOKENS: usize = 128;
@@ -27,6 +25,10 @@ impl Forward {
     /// Returns all of them.
     pub fn total(self) -> f64 {
         self.linear + self.attention
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self { linear: self.linear + other.linear, attention: self.attention + other.attention }
     }
 
     /// Returns a training step: forwards, and backwards with or without gradients of the weights.
@@ -62,29 +64,6 @@ pub struct Trained {
     pub lora: bool,
 }
 
-/// Bytes of training, on one device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-pub struct Memory {
-    /// All weights, frozen ones included; in stage 3 also the policy before the first update.
-    pub weights: u64,
-    /// Gradients of what trains.
-    pub gradients: u64,
-    /// Both moments of AdamW.
-    pub optimizer: u64,
-    /// What the backward pass needs of a micro-batch, by the rule of Korthikanti et al. 2022 (arXiv 2205.05198,
-    /// equation 2) at four bytes an element.
-    pub activations: u64,
-}
-
-impl Memory {
-    /// Returns all of it.
-    pub fn total(&self) -> u64 {
-        self.weights + self.gradients + self.optimizer + self.activations
-    }
-}
-
-const BYTES: u64 = 4;
-
 fn product(rows: usize, inputs: usize, outputs: usize) -> f64 {
     2.0 * rows as f64 * inputs as f64 * outputs as f64
 }
@@ -110,9 +89,45 @@ impl Lengths {
             Padding::Fixed(tokens) => tokens,
             Padding::Longest => ASSUMED_PROMPT_TOKENS.min(bridge.max_length),
         };
-        let patch = base.vae.downscale() * base.dit.patch_size;
-        Self { condition: prompt + bridge.num_queries, image: (height / patch) * (width / patch) }
+        Self { condition: prompt + bridge.num_queries, image: patches(base, (height, width)) }
     }
+}
+
+/// Patches of an image of `height` x `width` pixels in the DiT.
+fn patches(base: &BaseModelConfig, (height, width): (usize, usize)) -> usize {
+    let patch = base.vae.downscale() * base.dit.patch_size;
+    (height / patch) * (width / patch)
+}
+
+/// Sizes of one sample of a running job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SampleSize {
+    /// Tokens of the prompt with its padding; think tokens are not counted.
+    pub prompt: usize,
+    /// Height and width of the image, in pixels.
+    pub image: (usize, usize),
+    /// Height and width of each reference, in pixels.
+    pub references: Vec<(usize, usize)>,
+}
+
+/// Returns the vision tower over an image of `height` x `width` pixels, its merger included.
+pub fn vision(config: &VisionConfig, (height, width): (usize, usize)) -> Forward {
+    let merge = config.spatial_merge_size;
+    let tokens = config.num_tokens(height, width);
+    let patches = tokens * merge * merge;
+    let (h, m) = (config.hidden_size, config.intermediate_size);
+    let block = 4.0 * product(patches, h, h) + 3.0 * product(patches, h, m);
+    let merged = h * merge * merge;
+    let embedded = config.in_channels * config.temporal_patch_size * config.patch_size * config.patch_size;
+    let ends = product(patches, embedded, h)
+        + product(tokens, merged, merged)
+        + product(tokens, merged, config.out_hidden_size);
+    let window = (config.window_size / config.patch_size).pow(2).min(patches);
+    let attended = |block: usize| match config.fullatt_block_indexes.contains(&block) {
+        true => attention(patches, patches, h),
+        false => attention(patches, window, h),
+    };
+    Forward { linear: config.depth as f64 * block + ends, attention: (0..config.depth).map(attended).sum() }
 }
 
 /// Returns the decoder over `tokens`; the language head is not used.
@@ -200,8 +215,9 @@ pub fn vae(config: &VaeConfig, (height, width): (usize, usize), is_decoder: bool
     Forward { linear, attention: attention(pixels(deepest), pixels(deepest), last) }
 }
 
-/// The parts that a text-to-image sample passes.
+/// The parts that a sample passes.
 struct Passes {
+    vision: Forward,
     language: Forward,
     adapters: Forward,
     bridge: Forward,
@@ -209,10 +225,14 @@ struct Passes {
     encoder: Forward,
 }
 
-fn passes(model: &ModelSpec, side: (usize, usize)) -> Option<Passes> {
+/// Returns the parts for a text-to-image sample as a plan assumes it.
+fn assumed_passes(model: &ModelSpec, side: (usize, usize)) -> Option<Passes> {
+    passes(model, Lengths::of(&model.base, model.bridge.as_ref()?, side), side, &[])
+}
+
+fn passes(model: &ModelSpec, lengths: Lengths, side: (usize, usize), references: &[(usize, usize)]) -> Option<Passes> {
     let config = model.bridge.as_ref()?;
     let base = &model.base;
-    let lengths = Lengths::of(base, config, side);
     let stacked =
         config.layers.resolve(base.vlm.language.num_hidden_layers).ok()?.len() * base.vlm.language.hidden_size;
     Some(Passes {
@@ -223,13 +243,28 @@ fn passes(model: &ModelSpec, side: (usize, usize)) -> Option<Passes> {
             .map_or(Forward::default(), |lora| adapters(lora, &base.vlm.language, lengths.condition)),
         bridge: bridge(config, stacked, &base.dit, lengths.condition),
         dit: dit(&base.dit, lengths),
-        encoder: vae(&base.vae, side, false),
+        encoder: references.iter().fold(vae(&base.vae, side, false), |sum, &side| sum.and(vae(&base.vae, side, false))),
+        vision: references.iter().fold(Forward::default(), |sum, &side| sum.and(vision(&base.vlm.vision, side))),
     })
 }
 
 /// Returns the operations of a training step on one text-to-image sample; nothing without a bridge.
 pub fn training_sample(model: &ModelSpec, trained: Trained, side: (usize, usize)) -> Option<f64> {
-    let passes = passes(model, side)?;
+    Some(training(model, trained, &assumed_passes(model, side)?))
+}
+
+/// Returns the operations of a training step on a sample of these sizes; nothing without a bridge.
+pub fn training_step(model: &ModelSpec, trained: Trained, sample: &SampleSize) -> Option<f64> {
+    let SampleSize { prompt, image, references } = sample;
+    let references_in_dit: usize = references.iter().map(|&side| patches(&model.base, side)).sum();
+    let lengths = Lengths {
+        condition: prompt + model.bridge.as_ref()?.num_queries,
+        image: patches(&model.base, *image) + references_in_dit,
+    };
+    Some(training(model, trained, &passes(model, lengths, *image, references)?))
+}
+
+fn training(model: &ModelSpec, trained: Trained, passes: &Passes) -> f64 {
     let has_queries = model.bridge.as_ref().is_some_and(|bridge| bridge.num_queries > 0);
     // Gradients go back through the DiT and the bridge to the think tokens, which the decoder reads.
     let language = if trained.lora || (trained.bridge && has_queries) { Reach::Through } else { Reach::None };
@@ -244,13 +279,12 @@ pub fn training_sample(model: &ModelSpec, trained: Trained, side: (usize, usize)
         (false, _) => Reach::Through,
     };
     let adapters = if trained.lora { Reach::Trained } else { language };
-    Some(
-        passes.language.trained(language)
-            + passes.adapters.trained(adapters)
-            + passes.bridge.trained(bridge)
-            + passes.dit.trained(dit)
-            + passes.encoder.total(),
-    )
+    passes.vision.total()
+        + passes.language.trained(language)
+        + passes.adapters.trained(adapters)
+        + passes.bridge.trained(bridge)
+        + passes.dit.trained(dit)
+        + passes.encoder.total()
 }
 
 /// Numbers of an iteration of stage 3.
@@ -274,7 +308,7 @@ pub struct RlIteration {
 
 /// Returns the operations of an iteration of stage 3: conditions, rollout, decoding, updates, auxiliary loss.
 pub fn rl_iteration(model: &ModelSpec, iteration: &RlIteration, side: (usize, usize)) -> Option<f64> {
-    let parts = passes(model, side)?;
+    let parts = assumed_passes(model, side)?;
     let condition = parts.language.total() + parts.adapters.total() + parts.bridge.total();
     let images = iteration.images as f64;
     let rollout = images * (iteration.steps * iteration.passes) as f64 * parts.dit.total();
@@ -286,64 +320,14 @@ pub fn rl_iteration(model: &ModelSpec, iteration: &RlIteration, side: (usize, us
     Some(iteration.prompts as f64 * condition + rollout + decoded + updates + auxiliary)
 }
 
-/// Returns the bytes that activations of a transformer's layers take: equation 2 of Korthikanti et al. 2022 at f32.
-fn layer_activations(layers: usize, tokens: usize, width: usize, heads: usize) -> u64 {
-    let per_layer = 2 * tokens * width * 34 + 2 * 5 * heads * tokens * tokens;
-    (layers * per_layer) as u64
-}
-
-/// Returns the memory of training on `batch` samples at once; `reference` adds a second copy of what trains.
-pub fn memory(
-    model: &ModelSpec,
-    parts: &ParameterCounts,
-    (trainable, trained): (u64, Trained),
-    (batch, side): (u64, (usize, usize)),
-    reference: bool,
-) -> Option<Memory> {
-    let config = model.bridge.as_ref()?;
-    let base = &model.base;
-    let lengths = Lengths::of(base, config, side);
-    let ParameterCounts { language, vision, dit, dit_position_table, vae, bridge, lora, conditioner } = *parts;
-    let all = language + vision + dit + dit_position_table + vae + bridge + lora + conditioner;
-    let (decoder, transformer) = (&base.vlm.language, &base.dit);
-    let is_behind_language = trained.lora || (trained.bridge && config.num_queries > 0);
-    let mut activations = layer_activations(
-        transformer.num_layers,
-        lengths.image + lengths.condition,
-        transformer.width(),
-        transformer.num_attention_heads,
-    );
-    if trained.bridge || trained.lora {
-        let (layers, heads) = (config.num_hidden_layers, config.num_attention_heads);
-        activations += layer_activations(layers, lengths.condition, config.hidden_size, heads);
-    }
-    if is_behind_language {
-        let (layers, heads) = (decoder.num_hidden_layers, decoder.num_attention_heads);
-        activations += layer_activations(layers, lengths.condition, decoder.hidden_size, heads);
-    }
-    Some(Memory {
-        weights: BYTES * (all + if reference { trainable } else { 0 }),
-        gradients: BYTES * trainable,
-        optimizer: 2 * BYTES * trainable,
-        activations: batch * activations,
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use deepgen_contract::settings::Settings;
+    use crate::model::Preset;
 
-    use crate::spec::tests::full;
-
-    /// The paper's model after stage 2, from the stage files.
+    /// The paper's model after stage 2.
     fn paper() -> ModelSpec {
-        let resolved = full(Some("paper"), &[]);
-        let settings = |name: &str| resolved.nodes.iter().find(|node| node.name.0 == name).unwrap().settings.clone();
-        let (Settings::Import(import), Settings::Train(sft)) = (settings("base"), settings("sft")) else {
-            panic!("base is imported and sft trains")
-        };
-        ModelSpec { base: import.model, bridge: Some(sft.model.bridge.clone()), lora: sft.model.lora.config().cloned() }
+        Preset::Deepgen5b.spec()
     }
 
     #[test]
@@ -421,7 +405,7 @@ mod tests {
     fn gradients_reach_what_they_must() {
         let model = paper();
         let side = (512, 512);
-        let parts = passes(&model, side).unwrap();
+        let parts = assumed_passes(&model, side).unwrap();
         let of = |trained: Trained| training_sample(&model, trained, side).unwrap();
         let frozen = of(Trained::default());
         let only_dit = of(Trained { dit: true, ..Trained::default() });
@@ -438,17 +422,42 @@ mod tests {
     }
 
     #[test]
-    fn memory_of_what_trains_is_four_times_its_weights_in_f32() {
+    fn a_sample_without_references_counts_as_the_plan_assumes_and_each_reference_adds_to_three_parts() {
         let model = paper();
-        let counts = model.parameter_counts().unwrap();
-        let trained = Trained { bridge: true, ..Trained::default() };
-        let memory = |batch| memory(&model, &counts, (counts.bridge, trained), (batch, (512, 512)), false).unwrap();
-        let one = memory(1);
-        assert_eq!((one.gradients, one.optimizer), (4 * 432_449_532, 8 * 432_449_532));
-        assert_eq!(memory(3).activations, 3 * one.activations);
-        // 24 blocks of 1024 + 256 tokens, width 1536, 24 heads; 6 of 256, 2048, 32; 36 of 256, 2048, 16.
-        let layer = |tokens: u64, width: u64, heads: u64| 68 * tokens * width + 10 * heads * tokens * tokens;
-        let by_hand = 24 * layer(1280, 1536, 24) + 6 * layer(256, 2048, 32) + 36 * layer(256, 2048, 16);
-        assert_eq!(one.activations, by_hand);
+        let (trained, side) = (Trained { bridge: true, dit: true, lora: true }, (512, 512));
+        let mut sample = SampleSize { prompt: ASSUMED_PROMPT_TOKENS, image: side, references: Vec::new() };
+        let plain = training_step(&model, trained, &sample).unwrap();
+        assert_eq!(plain, training_sample(&model, trained, side).unwrap());
+        sample.references.push(side);
+        let edit = training_step(&model, trained, &sample).unwrap();
+        // The prompt is as long as before: its image tokens are part of the given length.
+        let dit = |image: usize| dit(&model.base.dit, Lengths { condition: 256, image }).total();
+        let read = vision(&model.base.vlm.vision, side).total() + vae(&model.base.vae, side, false).total();
+        let expected = read + 3.0 * (dit(2048) - dit(1024));
+        assert!(((edit - plain) / expected - 1.0).abs() < 1e-9, "{} is not {expected}", edit - plain);
+    }
+
+    #[test]
+    fn a_small_vision_tower_counts_as_computed_by_hand() {
+        let config = VisionConfig {
+            depth: 2,
+            hidden_size: 4,
+            intermediate_size: 6,
+            num_heads: 1,
+            in_channels: 3,
+            patch_size: 2,
+            temporal_patch_size: 2,
+            spatial_merge_size: 2,
+            window_size: 4,
+            fullatt_block_indexes: vec![1],
+            out_hidden_size: 5,
+            input_scale: [1, 1],
+        };
+        // 8 x 8 pixels: 16 patches in four windows of 4, 4 merged tokens of width 16.
+        let forward = vision(&config, (8, 8));
+        let blocks = 2.0 * 2.0 * 16.0 * (4.0 * 16.0 + 3.0 * 24.0);
+        let ends = 2.0 * (16.0 * 24.0 * 4.0 + 4.0 * 16.0 * 16.0 + 4.0 * 16.0 * 5.0);
+        assert_eq!(forward.linear, blocks + ends);
+        assert_eq!(forward.attention, 4.0 * 16.0 * 4.0 * 4.0 + 4.0 * 16.0 * 16.0 * 4.0);
     }
 }
