@@ -84,7 +84,7 @@ fn device(job: &JobSpec) -> String {
 pub fn conclude(settings: &CommandSettings, folder: &Path, end: End, seconds: f64) -> io::Result<Outcome> {
     let outcome = match end.code {
         Some(code) if settings.is_success(code) => match results(settings, &folder.join(OUT_DIR)) {
-            Ok(metrics) => Outcome::Done { metrics, notes: Vec::new(), seconds },
+            Ok(metrics) => Outcome::Done { metrics, notes: Vec::new(), seconds, throughput: BTreeMap::new() },
             Err(message) => Outcome::Failed { cause: FailureCause::Program, message },
         },
         Some(code) => Outcome::Failed {
@@ -181,6 +181,7 @@ mod tests {
             inputs: BTreeMap::from([("images".into(), input)]),
             earlier_attempts: Vec::new(),
             slot_ids: BTreeMap::from([("gpu".into(), vec![1, 3])]),
+            peak_tflops: None,
             remedies: Default::default(),
         }
     }

@@ -124,16 +124,7 @@ fn operations(
         Settings::Rl(rl) => {
             let rollout = &rl.rollout;
             let side = (rollout.height, rollout.width);
-            let iteration = RlIteration {
-                prompts: rollout.prompts,
-                images: rollout.prompts * rollout.group_size,
-                steps: rollout.steps,
-                trained_steps: (rollout.steps as f64 * rl.policy.timestep_fraction).round() as usize,
-                passes: if rollout.guidance > 0.0 { 2 } else { 1 },
-                has_reference: rl.policy.beta > 0.0,
-                auxiliary: if rl.sft.coef > 0.0 { rl.sft.batch as f64 / rl.sft.every.max(1) as f64 } else { 0.0 },
-            };
-            let flops = flops::rl_iteration(model, &iteration, side);
+            let flops = flops::rl_iteration(model, &RlIteration::of(rl, true), side);
             // Counted for the images of one group at once.
             let batch = rollout.group_size as u64;
             Some((flops, memory::of_training(model, parts, (num, trained), (batch, side), true)))

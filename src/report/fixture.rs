@@ -228,6 +228,7 @@ fn seal(plan: &Plan, planned: &PlannedNode, store: &ArtifactStore, story: &Story
         is_smoke: planned.is_smoke,
         files: Vec::new(),
         metrics,
+        throughput: BTreeMap::new(),
         notes,
         started_ms: sealed_ms - (1000.0 * run_seconds) as u64,
         sealed_ms,

@@ -154,6 +154,25 @@ fn node_details(data: &ReportData, node: &NodeReport) -> Markup {
     details(summary, body).attr("id", anchor("node", &planned.name.0)).class("card node-details").into()
 }
 
+/// Returns in words what the machine made of a node's last attempt.
+fn throughput(numbers: &BTreeMap<String, f64>) -> String {
+    let get = |name: &str| numbers.get(name).copied();
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    let of_step = |part: &str| Some(percent(get(part)? / get("time/step_seconds")?.max(1e-12)));
+    let all = [
+        get("throughput/images_per_second").map(|rate| format!("{} images a second", number(rate))),
+        get("time/step_seconds").map(|seconds| format!("{} s a step", number(seconds))),
+        of_step("time/data_wait_seconds").map(|share| format!("{share} of it waiting for data")),
+        of_step("time/checkpoint_seconds").map(|share| format!("{share} for checkpoints")),
+        get("throughput/tflops").map(|rate| format!("{} TFLOP/s", number(rate))),
+        get("throughput/mfu").map(|share| format!("{} of the device's peak (MFU)", percent(share))),
+        get("throughput/gpu_utilisation").map(|share| format!("GPU busy {}", percent(share))),
+        get("memory/process_peak_gib").map(|gib| format!("{} GiB of memory at most", number(gib))),
+        get("memory/gpu_peak_gib").map(|gib| format!("{} GiB on the GPU", number(gib))),
+    ];
+    all.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
 fn format_markup(first: &str, second: &str) -> Markup {
     Markup::text(if second.is_empty() { first.to_owned() } else { format!("{first}, {second}") })
 }
@@ -191,6 +210,9 @@ fn identity(data: &ReportData, node: &NodeReport) -> Markup {
                 count(manifest.attempts as usize, "attempt")
             )),
         ));
+        if !manifest.throughput.is_empty() {
+            facts.push(("Throughput", Markup::text(throughput(&manifest.throughput))));
+        }
         facts.push(("Sealed", Markup::text(utc(manifest.sealed_ms))));
         facts.push((
             "Device",

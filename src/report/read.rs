@@ -116,7 +116,7 @@ fn read_node(planned: &SavedPlanned, view: &RunView, store: &ArtifactStore) -> N
     let (job_metrics, warnings) = worker_words(&job, &attempts);
     let folder = store.path(&planned.fingerprint);
     let metrics = match &manifest {
-        Some(_) => read_metrics(&folder.join(METRICS_FILE)),
+        Some(_) => with_timings(read_metrics(&folder.join(METRICS_FILE)), job_metrics),
         None => job_metrics,
     };
     let newest = state.attempt().or(attempts.first().copied());
@@ -170,6 +170,23 @@ fn worker_words(job: &JobDir, attempts: &[u32]) -> (Vec<MetricRow>, Vec<String>)
         }
     }
     (rows.into_iter().map(|(step, values)| MetricRow { step, values }).collect(), distinct(warnings))
+}
+
+/// Groups of metrics that depend on the clock and the machine: a result does not hold them, its job does as long as it lies there.
+const TIMING_GROUPS: [&str; 3] = ["time", "throughput", "memory"];
+
+/// Adds the numbers that depend on the clock to those of the result.
+fn with_timings(mut rows: Vec<MetricRow>, of_job: Vec<MetricRow>) -> Vec<MetricRow> {
+    let is_timing = |name: &str| name.split_once('/').is_some_and(|(group, _)| TIMING_GROUPS.contains(&group));
+    for MetricRow { step, mut values } in of_job {
+        values.retain(|name, _| is_timing(name));
+        match rows.binary_search_by_key(&step, |row| row.step) {
+            Ok(place) => rows[place].values.extend(values),
+            Err(_) if values.is_empty() => {}
+            Err(place) => rows.insert(place, MetricRow { step, values }),
+        }
+    }
+    rows
 }
 
 /// Reads `metrics.jsonl`; lines that are no metrics are left out, and lines of one step are joined.

@@ -275,6 +275,7 @@ impl Driver<'_> {
             inputs: resolved.inputs.iter().map(input).collect::<BTreeMap<_, _>>(),
             earlier_attempts: earlier.map(|earlier| dir.attempt(earlier)).collect(),
             slot_ids: BTreeMap::new(),
+            peak_tflops: resolved.peak_tflops,
             remedies: JobRemedies::default(),
         }
     }

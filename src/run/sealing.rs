@@ -58,7 +58,7 @@ impl Sealing {
         if !dir.has_lease(self.attempt) {
             return Err(SealError::Lease { attempt: self.attempt });
         }
-        let Ok(Some(Outcome::Done { metrics, notes, seconds })) = jobdir::outcome(&folder) else {
+        let Ok(Some(Outcome::Done { metrics, notes, seconds, throughput })) = jobdir::outcome(&folder) else {
             return Err(SealError::NotDone { path: folder });
         };
         let earlier: Vec<_> = match self.attempt {
@@ -85,6 +85,7 @@ impl Sealing {
             is_smoke: self.node.is_smoke,
             files: Vec::new(),
             metrics,
+            throughput,
             notes,
             started_ms: spans.iter().chain(&own).map(|(first, _)| *first).min().unwrap_or(self.now_ms),
             sealed_ms: self.now_ms,

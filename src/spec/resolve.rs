@@ -305,6 +305,7 @@ fn executor(pipeline: &Pipeline, chosen: &[Layer], root: &Path) -> Executor {
             slots: over.slots.clone().or(merged.slots),
             device: over.device.clone().or(merged.device),
             threads: over.threads.or(merged.threads),
+            peak_tflops: over.peak_tflops.or(merged.peak_tflops),
             worker: over.worker.clone().or(merged.worker),
         };
     }
@@ -320,6 +321,7 @@ fn executor(pipeline: &Pipeline, chosen: &[Layer], root: &Path) -> Executor {
         device: merged.device.unwrap_or_else(|| "cpu".to_owned()),
         worker: merged.worker.map(worker),
         threads: merged.threads.unwrap_or_else(cores),
+        peak_tflops: merged.peak_tflops,
     }
 }
 

@@ -89,6 +89,9 @@ pub struct Executor {
     pub worker: Option<PathBuf>,
     /// Threads of a job that computes.
     pub threads: usize,
+    /// Operations a second that the device reaches at most, in tera: what `throughput/mfu` is a share of.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub peak_tflops: Option<f64>,
 }
 
 /// One node, ready to be planned.
@@ -113,6 +116,9 @@ pub struct ResolvedNode {
     pub device: String,
     /// Threads of the job.
     pub threads: usize,
+    /// Peak of the job's device, in TFLOP/s, where it is known.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub peak_tflops: Option<f64>,
     /// Share of the executor's slots that the job takes. A share of at most 1 of `gpu` lies on one GPU; a larger one
     /// takes whole GPUs, and the job's device names the first of them (`cuda:1`).
     pub slots: BTreeMap<String, f64>,

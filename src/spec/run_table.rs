@@ -11,7 +11,9 @@ use super::policy::{Backoff, REMEDIES, Remedies};
 use super::tree::{Spot, Tree};
 
 /// Keys of `[executor.local]`.
-pub const EXECUTOR_KEYS: [&str; 4] = ["slots", "device", "threads", "worker"];
+pub const EXECUTOR_KEYS: [&str; 5] = ["slots", "device", "threads", "peak_tflops", "worker"];
+/// Least `peak_tflops`: no device is slower than a billion operations a second.
+const LEAST_PEAK_TFLOPS: f64 = 0.001;
 /// Keys of `backoff`.
 pub const BACKOFF_KEYS: [&str; 3] = ["first", "factor", "most"];
 
@@ -24,6 +26,8 @@ pub struct ExecutorTable {
     pub device: Option<String>,
     /// Threads.
     pub threads: Option<usize>,
+    /// Peak of the device, in TFLOP/s.
+    pub peak_tflops: Option<f64>,
     /// Worker binary, and where it was named.
     pub worker: Option<(PathBuf, Spot)>,
 }
@@ -99,6 +103,7 @@ pub fn parse_executor(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) ->
     let slots = fields.slots("slots");
     let device = fields.text("device");
     let threads = fields.whole("threads").and_then(|threads| usize::try_from(threads).ok()).filter(|t| *t > 0);
+    let peak_tflops = fields.number("peak_tflops", LEAST_PEAK_TFLOPS);
     let worker = fields.text("worker").map(|(worker, spot)| (worker.into(), spot));
     let device = device.and_then(|(device, spot)| match is_device(&device) {
         true => Some(device),
@@ -111,7 +116,7 @@ pub fn parse_executor(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) ->
             None
         }
     });
-    ExecutorTable { slots, device, threads, worker }
+    ExecutorTable { slots, device, threads, peak_tflops, worker }
 }
 
 fn is_device(device: &str) -> bool {

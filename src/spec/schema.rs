@@ -77,6 +77,10 @@ struct LocalTable {
     device: Option<String>,
     /// Threads of a job that computes.
     threads: Option<u64>,
+    /// Operations a second that the device reaches at most in the number type that jobs compute in, in tera (10^12), such as
+    /// 989 for an H100 in bf16: what the metric `throughput/mfu` is a share of. Without it the data sheet's number of a known
+    /// GPU in bf16 is taken, and for other devices `throughput/mfu` is not reported.
+    peak_tflops: Option<f64>,
     /// Worker program, relative to this file.
     worker: Option<String>,
 }

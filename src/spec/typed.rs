@@ -67,6 +67,7 @@ impl Typing<'_> {
             seed: run.seed.unwrap_or(self.seed),
             device: if uses_device { self.executor.device.clone() } else { "cpu".to_owned() },
             threads: if uses_device { self.executor.threads } else { 1 },
+            peak_tflops: self.executor.peak_tflops.filter(|_| uses_device),
             slots,
             slot_ids,
             needs: Vec::new(),

@@ -204,6 +204,7 @@ impl Worker<'_> {
         Ok(Outcome::Done {
             metrics: BTreeMap::from([("train/loss".to_owned(), 1.0 / self.script.steps as f64)]),
             notes: vec!["made by a fake worker".into()],
+            throughput: BTreeMap::new(),
             seconds: (now_ms() - begun) as f64 / 1000.0,
         })
     }

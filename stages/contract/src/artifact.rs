@@ -145,6 +145,9 @@ pub struct Manifest {
     pub files: Vec<FileEntry>,
     /// Final numbers, named `group/name`.
     pub metrics: BTreeMap<String, f64>,
+    /// What the machine made of the last attempt, named `group/name`: rates, shares of time, memory. No part of the result.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub throughput: BTreeMap<String, f64>,
     /// Remarks that the report repeats, such as a warm start that the paper does not have.
     pub notes: Vec<String>,
     /// Start of the first attempt, milliseconds since 1970.

@@ -8,6 +8,7 @@
 use crate::model::{
     BaseModelConfig, BridgeConfig, DitConfig, LanguageConfig, LoraConfig, ModelSpec, Padding, VaeConfig, VisionConfig,
 };
+use crate::rl::RlSettings;
 
 /// Tokens of a prompt where they are padded to the longest of a batch: captions of the release's data are about as long.
 pub const ASSUMED_PROMPT_TOKENS: usize = 128;
@@ -71,6 +72,17 @@ fn product(rows: usize, inputs: usize, outputs: usize) -> f64 {
 fn attention(queries: usize, keys: usize, width: usize) -> f64 {
     // Scores, then their product with the values.
     2.0 * product(queries, width, keys)
+}
+
+impl Trained {
+    /// Returns what the names of trained parameters belong to.
+    pub fn of_names<'a>(names: impl IntoIterator<Item = &'a str>) -> Self {
+        names.into_iter().fold(Self::default(), |trained, name| Self {
+            bridge: trained.bridge || name.starts_with("bridge."),
+            dit: trained.dit || name.starts_with("dit."),
+            lora: trained.lora || name.contains("lora_"),
+        })
+    }
 }
 
 /// Sizes of the sequences that a sample of an image side makes.
@@ -304,6 +316,23 @@ pub struct RlIteration {
     pub has_reference: bool,
     /// Samples of the auxiliary loss, averaged over iterations.
     pub auxiliary: f64,
+}
+
+impl RlIteration {
+    /// Returns the numbers of settings; without auxiliary data there is no auxiliary loss.
+    pub fn of(settings: &RlSettings, has_data: bool) -> Self {
+        let rollout = &settings.rollout;
+        let sft = &settings.sft;
+        Self {
+            prompts: rollout.prompts,
+            images: rollout.prompts * rollout.group_size,
+            steps: rollout.steps,
+            trained_steps: (rollout.steps as f64 * settings.policy.timestep_fraction).round() as usize,
+            passes: if rollout.guidance > 0.0 { 2 } else { 1 },
+            has_reference: settings.policy.beta > 0.0,
+            auxiliary: if has_data && sft.coef > 0.0 { sft.batch as f64 / sft.every.max(1) as f64 } else { 0.0 },
+        }
+    }
 }
 
 /// Returns the operations of an iteration of stage 3: conditions, rollout, decoding, updates, auxiliary loss.

@@ -76,6 +76,9 @@ pub struct JobSpec {
     /// Identities of the slots that the job has, such as its GPUs.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub slot_ids: BTreeMap<String, Vec<u32>>,
+    /// Operations a second that the device reaches at most, in tera, for the share of it that is used; absent when unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_tflops: Option<f64>,
     /// What is done differently because earlier attempts failed.
     #[serde(default)]
     pub remedies: JobRemedies,
@@ -110,6 +113,9 @@ pub enum Outcome {
         notes: Vec<String>,
         /// Seconds the attempt ran.
         seconds: f64,
+        /// What the machine made of it, named `group/name`: rates, shares of time, memory. No part of the result.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        throughput: BTreeMap<String, f64>,
     },
     /// The attempt cannot go on.
     Failed {

@@ -112,7 +112,7 @@ pub fn fit(trainer: &mut dyn Trainer, plan: &FitPlan, context: &mut JobContext) 
         let metrics = trainer.validate(0, context)?;
         report(0, metrics, context)?;
     }
-    let mut timer = (Instant::now(), course.done);
+    context.meter.restart();
     while course.done < plan.total {
         let step = course.done;
         let outcome = match course.left_out.contains(&step) {
@@ -124,7 +124,7 @@ pub fn fit(trainer: &mut dyn Trainer, plan: &FitPlan, context: &mut JobContext) 
             Err(error) if error.cause == FailureCause::NonFinite && plan.on_non_finite == OnNonFinite::Rollback => {
                 writer.finish(context)?;
                 course.roll_back(step, error, trainer, plan, context)?;
-                timer = (Instant::now(), course.done);
+                context.meter.restart();
                 continue;
             }
             Err(error) => {
@@ -142,28 +142,30 @@ pub fn fit(trainer: &mut dyn Trainer, plan: &FitPlan, context: &mut JobContext) 
         }
         course.window.add(metrics);
         course.done += 1;
+        context.meter.step();
         let done = course.done;
         context.emitter.progress(done, plan.total, plan.unit);
         if done.is_multiple_of(plan.log_every.max(1)) || done == plan.total {
             let means = course.window.take_means();
             report(done, means, context)?;
-            let seconds = timer.0.elapsed().as_secs_f64();
-            let rate = (done - timer.1) as f64 / seconds.max(1e-9);
-            context.emitter.timing(done, BTreeMap::from([("time/steps_per_second".into(), rate)]));
-            timer = (Instant::now(), done);
+            let measured = context.meter.take();
+            context.emitter.timing(done, measured);
         }
         if plan.validate_every > 0 && (done.is_multiple_of(plan.validate_every) || done == plan.total) {
+            let begun = Instant::now();
             let metrics = trainer.validate(done, context)?;
             report(done, metrics.clone(), context)?;
+            context.meter.leave_out_since(begun);
             last_validation = Some(metrics);
         }
         writer.poll(context)?;
         let is_boundary = done.is_multiple_of(plan.boundary.max(1));
         let is_stopping = context.is_stop_requested() && is_boundary && done < plan.total;
         if is_stopping || (is_due(done, plan) && done < plan.total) {
-            let started = Instant::now();
+            // The meter is of the context, which writing needs too.
+            let begun = Instant::now();
             writer.begin(course.snapshot(trainer, context), context)?;
-            let stall = started.elapsed().as_secs_f64();
+            let stall = context.meter.saved_since(begun);
             context.emitter.timing(done, BTreeMap::from([("time/checkpoint_stall_seconds".into(), stall)]));
         }
         if is_stopping {

@@ -23,6 +23,8 @@ use deepgen_model::Device;
 
 use crate::emit::{Emitter, Metrics};
 use crate::error::{JobError, JobResult, OrFail};
+use crate::gpu::GpuWatch;
+use crate::meter::Meter;
 use crate::{files, stages};
 
 /// What a stage hands back.
@@ -52,6 +54,8 @@ pub struct JobContext {
     pub emitter: Emitter,
     /// What it computes on, without autodiff.
     pub device: Device,
+    /// Measures the steps of a training.
+    pub meter: Meter,
     stop: Arc<AtomicBool>,
 }
 
@@ -130,9 +134,11 @@ impl JobContext {
             inputs: BTreeMap::new(),
             earlier_attempts: Vec::new(),
             slot_ids: BTreeMap::new(),
+            peak_tflops: None,
             remedies: JobRemedies::default(),
         };
-        Ok(Self { spec, dir: dir.to_owned(), emitter: Emitter::open(dir)?, device, stop: Arc::default() })
+        let (emitter, meter) = (Emitter::open(dir)?, Meter::new(None, None));
+        Ok(Self { spec, dir: dir.to_owned(), emitter, device, meter, stop: Arc::default() })
     }
 }
 
@@ -166,10 +172,11 @@ pub fn run(dir: &Path) -> anyhow::Result<Outcome> {
     let job = || deepgen_model::in_thread_pool(|| execute(spec, &dir));
     let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
     let outcome = match ended {
-        Ok(Ok(JobEnd::Done(report))) => {
-            Outcome::Done { metrics: report.metrics, notes: report.notes, seconds: started.elapsed().as_secs_f64() }
+        Ok(Ok((JobEnd::Done(report), throughput))) => {
+            let seconds = started.elapsed().as_secs_f64();
+            Outcome::Done { metrics: report.metrics, notes: report.notes, seconds, throughput }
         }
-        Ok(Ok(JobEnd::Stopped(step))) => Outcome::Stopped { step },
+        Ok(Ok((JobEnd::Stopped(step), _))) => Outcome::Stopped { step },
         Ok(Err(error)) => Outcome::Failed { cause: error.cause, message: error.message },
         Err(panic) => {
             let message = panic_message(panic.as_ref());
@@ -180,7 +187,8 @@ pub fn run(dir: &Path) -> anyhow::Result<Outcome> {
     Ok(outcome)
 }
 
-fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
+/// Runs the stage; returns how it ended and what the machine made of it.
+fn execute(spec: JobSpec, dir: &Path) -> JobResult<(JobEnd, Metrics)> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         signal_hook::flag::register(signal, Arc::clone(&stop)).or_io(|| "register a signal handler")?;
@@ -194,7 +202,8 @@ fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
     }
     fs::create_dir_all(&out).or_io(|| format!("create {}", out.display()))?;
     let settings = spec.settings.clone();
-    let mut context = JobContext { spec, dir: dir.to_owned(), emitter, device, stop };
+    let meter = Meter::new(spec.peak_tflops, GpuWatch::of_device(&spec.device));
+    let mut context = JobContext { spec, dir: dir.to_owned(), emitter, device, meter, stop };
     match &settings {
         Settings::Train(_) => {}
         Settings::Rl(_) => {
@@ -224,7 +233,7 @@ fn execute(spec: JobSpec, dir: &Path) -> JobResult<JobEnd> {
         files::write_text(&context.out().join(METRICS_FILE), &(lines.join("\n") + "\n"))
             .or_io(|| format!("write {METRICS_FILE}"))?;
     }
-    Ok(end)
+    Ok((end, context.meter.summary()))
 }
 
 /// What a device says of itself when its memory is full. `cubecl-runtime` 0.11 (`server/base.rs`): an allocation that failed, one

@@ -5,6 +5,7 @@
 //! infinite changes nothing: weights, moments and average stay as they were before the update it belongs to.
 
 use std::ops::Range;
+use std::time::Instant;
 
 use burn::module::Module;
 use deepgen_contract::job::FailureCause;
@@ -48,6 +49,11 @@ pub trait Losses<M> {
 
     /// Returns the number of its samples.
     fn num_samples(batch: &Self::Batch) -> usize;
+
+    /// Returns the operations of a step on it; nothing where they are not counted.
+    fn flops(&self, _batch: &Self::Batch) -> Option<f64> {
+        None
+    }
 
     /// Returns the mean loss of the samples at `rows` of micro-batch `iteration`. What is drawn for a sample does not depend
     /// on the rows beside it.
@@ -158,15 +164,18 @@ impl<M: Module> Learner<M> {
     ///
     /// # Errors
     /// When there is no loss, or one or the gradients' norm is not finite and the policy is not to leave it out.
-    pub fn iterate(
+    pub fn iterate<L: Losses<M>>(
         &mut self,
-        losses: &mut impl Losses<M>,
+        losses: &mut L,
         iteration: u64,
         context: &mut JobContext,
     ) -> JobResult<Metrics> {
         let step = self.rule.steps_before + iteration;
         let accumulation = self.rule.accumulation.max(1);
+        let begun = Instant::now();
         let batch = losses.batch(iteration, context)?;
+        context.meter.waited_since(begun);
+        context.meter.count(L::num_samples(&batch) as u64, losses.flops(&batch));
         let mut metrics = Metrics::new();
         match self.descend(losses, iteration, &batch) {
             Ok((name, value)) => {

@@ -6,8 +6,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use deepgen_contract::flops::{SampleSize, Trained, training_step};
+use deepgen_contract::model::{ModelSpec, Padding};
 use deepgen_data::batch::{Batch, LoadError, Loader};
 use deepgen_data::prefetch::Prefetch;
+use deepgen_data::resize::Pixels;
 use deepgen_data::stream::Shard;
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::random::{Rows, with_dropout};
@@ -31,15 +34,53 @@ pub struct MicroBatches {
     seed: u64,
     /// Steps of the job that come before the first micro-batch.
     steps_before: u64,
+    /// What operations are counted of.
+    spec: ModelSpec,
+    trained: Trained,
     /// What is prepared, and the number of its next one.
     prefetch: Option<(u64, Prefetch<Result<Batch, LoadError>>)>,
 }
 
 impl MicroBatches {
     /// Returns the micro-batches of `loader` and `seed`; nothing is read yet.
-    pub fn new(loader: Loader, flow: FlowStep, (depth, threads): (usize, usize), seed: u64, steps_before: u64) -> Self {
-        let loader = Arc::new(loader);
-        Self { loader, flow, depth: depth.max(1), threads: threads.max(1), seed, steps_before, prefetch: None }
+    pub fn new(
+        loader: Loader,
+        flow: FlowStep,
+        (depth, threads): (usize, usize),
+        seed: u64,
+        steps_before: u64,
+        (spec, trained): (ModelSpec, Trained),
+    ) -> Self {
+        Self {
+            loader: Arc::new(loader),
+            flow,
+            depth: depth.max(1),
+            threads: threads.max(1),
+            seed,
+            steps_before,
+            spec,
+            trained,
+            prefetch: None,
+        }
+    }
+
+    /// Returns the sizes of a micro-batch's samples, its padding included.
+    fn sizes(&self, batch: &Batch) -> Vec<SampleSize> {
+        let side = |image: &Pixels| (image.height, image.width);
+        let tokens = |image: &Pixels| self.loader.vision.num_tokens(image.height, image.width);
+        let largest = batch.references.iter().flatten().map(tokens).max().unwrap_or(0);
+        let most = batch.references.iter().map(Vec::len).max().unwrap_or(0);
+        let longest = batch.ids.iter().map(Vec::len).max().unwrap_or(0);
+        let prompt = self.spec.bridge.as_ref().map_or(longest, |bridge| match bridge.padding {
+            Padding::Fixed(length) => length,
+            Padding::Longest => longest.min(bridge.max_length + most * largest),
+        });
+        let sample = |(image, own): (&Pixels, &Vec<Pixels>)| SampleSize {
+            prompt,
+            image: side(image),
+            references: own.iter().map(side).collect(),
+        };
+        batch.images.iter().zip(&batch.references).map(sample).collect()
     }
 
     /// Returns micro-batch `iteration`, prepared ahead by other threads; a jump, as after a resume, starts them anew.
@@ -82,6 +123,10 @@ impl Losses<DeepGen> for MicroBatches {
 
     fn num_samples(batch: &Batch) -> usize {
         batch.images.len()
+    }
+
+    fn flops(&self, batch: &Batch) -> Option<f64> {
+        self.sizes(batch).iter().map(|sample| training_step(&self.spec, self.trained, sample)).sum()
     }
 
     fn loss(&self, model: &DeepGen, iteration: u64, batch: &Batch, rows: Range<usize>) -> JobResult<Loss> {

@@ -7,8 +7,9 @@
 use std::collections::BTreeSet;
 
 use burn::module::Module;
-use burn::tensor::{FloatDType, TensorData};
+use burn::tensor::{DType, FloatDType, TensorData};
 use deepgen_contract::artifact::ArtifactKind;
+use deepgen_contract::flops::{RlIteration, rl_iteration};
 use deepgen_contract::rl::{RlSettings, RolloutSettings, UpdateGranularity};
 use deepgen_contract::train::FloatKind;
 use deepgen_data::batch::{Batch, Loader};
@@ -100,6 +101,9 @@ impl RlTrainer {
         let model = DeepGen::from_parts(parts).or_input(|| "put the parts together")?.computing_in(compute);
         let (model, trained) = trainable::select(model, &settings.trainable).or_input(|| "`trainable`")?;
         notes.push(format!("{} parameters in {} tensors train", trained.num_elements, trained.names.len()));
+        if model.dtype() == DType::BF16 {
+            context.meter.computes_in_bf16();
+        }
 
         let prompts = Mixture::open(&context.input_path("prompts", ArtifactKind::Mixture)?)
             .and_then(|mixture| mixture.hold_out_per_member(settings.evaluation.num_prompts as u64))
@@ -168,6 +172,13 @@ impl RlTrainer {
     fn prompt_batch<'a>(&self, texts: impl Iterator<Item = &'a str>) -> JobResult<PromptBatch> {
         let ids = texts.map(|text| encode_text_to_image(&self.tokenizer, text).or_input(|| format!("encode {text:?}")));
         Ok(PromptBatch::text(ids.collect::<JobResult<_>>()?))
+    }
+
+    /// Returns the operations of an iteration.
+    fn flops(&self) -> Option<f64> {
+        let RolloutSettings { height, width, .. } = self.settings.rollout;
+        let iteration = RlIteration::of(&self.settings, self.auxiliary.is_some());
+        rl_iteration(self.learner.model().spec(), &iteration, (height, width))
     }
 
     /// Draws the denoising steps that are trained: without replacement, the last one excluded, in ascending order
@@ -348,6 +359,7 @@ impl Trainer for RlTrainer {
         let advantages = table.advantages(policy_settings.advantage, policy_settings.advantage_clip as f32);
         let mut metrics = Sums::default();
         self.report_rewards("reward", &table, &mut metrics);
+        context.meter.count(rollout.images.len() as u64, self.flops());
         let keys: Vec<String> = prompts.into_iter().map(|prompt| prompt.text).collect();
         self.improve(iteration, (&rollout, &advantages), &keys, &mut metrics, context)?;
         Ok(metrics.means())

@@ -4,7 +4,9 @@
 //! them. A warm start of the bridge, which the paper does not have, may come first (`warm_start`).
 
 use burn::module::Module;
+use burn::tensor::DType;
 use deepgen_contract::artifact::ArtifactKind;
+use deepgen_contract::flops::Trained;
 use deepgen_contract::job::FailureCause;
 use deepgen_contract::model::ModelSpec;
 use deepgen_contract::train::TrainSettings;
@@ -150,9 +152,13 @@ impl StageTrainer {
                 .warn_of_undivided("all of this stage is divided but `warm_start`, which compares whole micro-batches");
         }
         let prepared = (settings.train.prefetch, context.spec.threads);
+        let counted = (model.spec().clone(), Trained::of_names(trained.names.iter().map(String::as_str)));
+        if model.dtype() == DType::BF16 {
+            context.meter.computes_in_bf16();
+        }
         Ok(Self {
             learner: Learner::new(model, rule),
-            batches: MicroBatches::new(loader, flow, prepared, seed, steps_before),
+            batches: MicroBatches::new(loader, flow, prepared, seed, steps_before, counted),
             held_out,
             warm_start,
             settings: settings.clone(),

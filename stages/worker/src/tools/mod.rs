@@ -6,6 +6,7 @@ mod export;
 mod generate;
 mod import;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
@@ -31,7 +32,7 @@ pub fn run(dir: &Path) -> anyhow::Result<Outcome> {
     let outcome = match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
         Ok(Ok(report)) => {
             let seconds = started.elapsed().as_secs_f64();
-            Outcome::Done { metrics: report.metrics, notes: report.notes, seconds }
+            Outcome::Done { metrics: report.metrics, notes: report.notes, seconds, throughput: BTreeMap::new() }
         }
         Ok(Err(error)) => Outcome::Failed { cause: error.cause, message: error.message },
         Err(panic) => {
