@@ -229,8 +229,15 @@ impl ByHand {
         let mut hash = |label: String, path: &Path| {
             hashes.insert(label, blake3::hash(&fs::read(path).expect("a readable file")));
         };
-        for entry in fs::read_dir(self.attempt(name).join("out")).expect("a result").flatten() {
-            hash(entry.file_name().to_string_lossy().into_owned(), &entry.path());
+        let out = self.attempt(name).join("out");
+        let mut folders = vec![out.clone()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).expect("a result").flatten().map(|entry| entry.path()) {
+                match entry.is_dir() {
+                    true => folders.push(entry),
+                    false => hash(entry.strip_prefix(&out).expect("a file of it").display().to_string(), &entry),
+                }
+            }
         }
         let checkpoints = fs::read_dir(self.attempt(name).join("checkpoints")).expect("checkpoints").flatten();
         let newest = checkpoints.map(|entry| entry.path()).max().expect("a checkpoint");
@@ -254,12 +261,15 @@ fn a_disturbed_stage_leaves_the_weights_the_optimiser_and_the_metrics_of_an_undi
         ("checkpoint/every", 6.into()),
         ("checkpoint/keep", 3.into()),
         ("validation/every", 0.into()),
+        ("samples/every", 10.into()),
     ];
     for stage in ["pretrain", "sft"] {
         let hand = ByHand::new(&run, stage, &settings);
         hand.finish("undisturbed", 1, &[]);
         let expected = hand.left_by("undisturbed");
         assert!(expected.contains_key("metrics.jsonl") && expected.len() >= 4, "{:?}", expected.keys());
+        let num_grids = expected.keys().filter(|name| name.starts_with("samples/step-")).count();
+        assert!(num_grids >= 4, "images of several steps are part of the result: {:?}", expected.keys());
         for threads in [1, 2] {
             for disturbance in [Disturbance::Kill, Disturbance::Terminate, Disturbance::FullDisk] {
                 let case = format!("{stage}-{threads}-{disturbance:?}");

@@ -1,4 +1,4 @@
-//! The curves of a run, node by node: losses, validation, rewards.
+//! The curves of a run, node by node: losses, validation, rewards, and the images drawn on the way.
 //!
 //! Knows which nodes have curves; what belongs on one chart is decided by [`super::series`].
 
@@ -8,6 +8,7 @@ use super::chart::figure;
 use super::data::{NodeReport, ReportData};
 use super::markup::{Markup, anchor, details, el};
 use super::series::{Chart, charts};
+use super::training_samples;
 
 /// Returns the curves of all nodes that have some; nothing when none has.
 pub fn section(data: &ReportData) -> Option<Markup> {
@@ -17,7 +18,7 @@ pub fn section(data: &ReportData) -> Option<Markup> {
 
 fn node_curves(node: &NodeReport) -> Option<Markup> {
     let charts = charts(&node.metrics);
-    if charts.is_empty() {
+    if charts.is_empty() && node.samples.is_none() {
         return None;
     }
     let planned = &node.planned.node;
@@ -35,7 +36,8 @@ fn node_curves(node: &NodeReport) -> Option<Markup> {
         let summary = Markup::text(format!("More curves: {}", titles.join(", ")));
         part = part.add(details(summary, el("div").class("charts").add_all(other.into_iter().map(draw))));
     }
-    Some(part.into())
+    let drawn = node.samples.as_ref().map(|samples| training_samples::figures(samples, step_name));
+    Some(part.add_all(drawn).into())
 }
 
 fn kind_words(kind: StageKind) -> &'static str {

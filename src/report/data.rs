@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use deepgen_contract::artifact::Manifest;
 use deepgen_contract::eval::{Estimate, ScoreTable};
 use deepgen_contract::id::NodeName;
+use deepgen_contract::job::SamplesRecord;
 use deepgen_contract::settings::Settings;
 
 use crate::compare::RunDiff;
@@ -89,6 +90,8 @@ pub struct NodeReport {
     pub metrics: Vec<MetricRow>,
     /// What its workers warned of, each once.
     pub warnings: Vec<String>,
+    /// Images that it drew while it trained.
+    pub samples: Option<TrainingSamples>,
     /// Scores, if it is a `score` node.
     pub scores: Option<ScoreTable>,
     /// Folder of its newest attempt, relative to the artifacts folder.
@@ -112,6 +115,15 @@ impl NodeReport {
             }
         }
     }
+}
+
+/// Images that a node drew while it trained.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TrainingSamples {
+    /// What they show.
+    pub record: SamplesRecord,
+    /// Step and image with all prompts, of the steps that are shown.
+    pub pictures: Vec<(u64, Picture)>,
 }
 
 /// Numbers at a step.

@@ -25,6 +25,7 @@ mod series;
 mod sweep_table;
 #[cfg(test)]
 mod tests;
+mod training_samples;
 mod trouble;
 
 use std::path::{Path, PathBuf};

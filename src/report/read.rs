@@ -15,7 +15,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::data::{MetricRow, NodeReport, PublishedAblation, ReportData, SinceLast, distinct};
-use super::{ReportError, samples};
+use super::{ReportError, samples, training_samples};
 use crate::compare::{self, RunFacts};
 use crate::exec::jobdir::{EventTail, JobDir};
 use crate::exec::process::ProcessId;
@@ -130,6 +130,7 @@ fn read_node(planned: &SavedPlanned, view: &RunView, store: &ArtifactStore) -> N
         planned: planned.clone(),
         seconds: seconds(&state, seen.map(|seen| (seen.started_ms, seen.since_ms)), manifest.as_ref()),
         failures: seen.map_or(0, |seen| seen.failures),
+        samples: manifest.as_ref().and_then(|_| training_samples::read(&folder)),
         scores: manifest.as_ref().and_then(|_| read_json(&folder.join(SCORES_FILE))),
         state,
         manifest,

@@ -151,7 +151,7 @@ fn choose<'a>(records: &[&'a ImageRecord], num: usize) -> Vec<&'a ImageRecord> {
 }
 
 /// Reads an image; nothing when it is missing, of an unknown type, or outside the artifact.
-fn picture(folder: &Path, file: &str, size: Option<(usize, usize)>) -> Option<Picture> {
+pub fn picture(folder: &Path, file: &str, size: Option<(usize, usize)>) -> Option<Picture> {
     let is_inside = Path::new(file).components().all(|part| matches!(part, std::path::Component::Normal(_)));
     let mime = match Path::new(file).extension()?.to_str()? {
         "png" => "image/png",

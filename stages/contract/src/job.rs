@@ -31,6 +31,24 @@ pub const OUTCOME_FILE: &str = "outcome.json";
 /// Metrics of a training job inside [`OUT_DIR`]: a JSON object a line with `step` and `group/name` values.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
+/// Images drawn while a model trained inside [`OUT_DIR`]: `step-<n>.png` with all prompts, and [`SAMPLES_FILE`].
+pub const SAMPLES_DIR: &str = "samples";
+/// What the images in [`SAMPLES_DIR`] show: a [`SamplesRecord`].
+pub const SAMPLES_FILE: &str = "samples.json";
+
+/// What the images of a training show: one tile for each prompt, row by row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SamplesRecord {
+    /// Prompts, in the order of the tiles.
+    pub prompts: Vec<String>,
+    /// Tiles of a row.
+    pub columns: usize,
+    /// Side of a tile in pixels.
+    pub side: u32,
+    /// Steps after which images were drawn.
+    pub steps: Vec<u64>,
+}
+
 /// One input of a job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -25,6 +25,9 @@ pub struct TrainSettings {
     pub warm_start: WarmStartSettings,
     /// Loss on held-out samples.
     pub validation: ValidationSettings,
+    /// Images drawn from fixed prompts while it trains; none by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub samples: Option<SampleSettings>,
     /// When to save.
     pub checkpoint: CheckpointSettings,
     /// How images are brought to size.
@@ -206,6 +209,24 @@ pub struct ValidationSettings {
     pub num_samples: usize,
     /// Noise levels, in 0..=1.
     pub sigmas: Vec<f64>,
+}
+
+/// Images drawn from fixed prompts with fixed noise while a model trains: the same pictures at every step but for what it has
+/// learned. They are as large as a square of `image.size`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SampleSettings {
+    /// Micro-iterations between drawings, of which one follows the last; 0 turns them off.
+    pub every: u64,
+    /// What is drawn, an image of each.
+    pub prompts: Vec<String>,
+    /// Seed of the noise that images begin as: no other number of the training depends on it.
+    pub seed: u64,
+    /// Denoising steps of an image.
+    pub steps: usize,
+    /// Guidance scale; at most 1 is a single pass without guidance.
+    pub guidance: f64,
 }
 
 /// When training state is saved and how much of it is kept.

@@ -1,12 +1,14 @@
 //! Training state on disk: written whole or not at all, verified by hash, the newest good one found after any crash.
 //!
 //! Knows tensors by name and a few numbers, not what trains. A checkpoint is a folder `step-<n>` with `tensors.safetensors`
-//! (f32) and `state.json`, which holds the hash of the former. Both are synced inside `step-<n>.partial`; the folder gets its
+//! (f32), in `files/` what the result holds so far beside weights, and `state.json`, which holds the hashes of both. All is synced inside `step-<n>.partial`; the folder gets its
 //! name by rename, so that a name without `.partial` is a whole checkpoint. Writing happens on a thread of its own.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use burn::tensor::TensorData;
@@ -18,11 +20,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{JobError, JobResult, OrFail};
 use crate::files;
-use crate::job::JobContext;
+use crate::job::{JobContext, KeptFiles};
 
 const VERSION: u32 = 1;
 const TENSORS_FILE: &str = "tensors.safetensors";
 const STATE_FILE: &str = "state.json";
+/// Files of the result that were made so far.
+const FILES_DIR: &str = "files";
 
 /// Tensors by name.
 pub type NamedTensors = Vec<(String, TensorData)>;
@@ -43,6 +47,9 @@ pub struct State {
     /// Steps that were left out after a roll-back.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub left_out: BTreeSet<u64>,
+    /// blake3 of each file of the result that was made so far, by its name in the result.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    files_blake3: BTreeMap<String, String>,
 }
 
 /// What a checkpoint is made of: a copy, so that training goes on while it is written.
@@ -57,6 +64,8 @@ pub struct Snapshot {
     pub window: BTreeMap<String, (u64, u64)>,
     /// Steps that were left out after a roll-back.
     pub left_out: BTreeSet<u64>,
+    /// Files of the result that were made so far.
+    pub files: KeptFiles,
 }
 
 /// A checkpoint that was found and verified.
@@ -75,6 +84,19 @@ impl Found {
     pub fn tensors(&self) -> JobResult<WeightFile> {
         let path = self.path.join(TENSORS_FILE);
         WeightFile::open(&path).or_io(|| format!("open {}", path.display()))
+    }
+
+    /// Reads the files of the result that it holds.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn files(&self) -> JobResult<KeptFiles> {
+        let read = |name: &String| {
+            let path = self.path.join(FILES_DIR).join(name);
+            let bytes = fs::read(&path).or_io(|| format!("read {}", path.display()))?;
+            Ok((name.clone(), Arc::new(bytes)))
+        };
+        self.state.files_blake3.keys().map(read).collect()
     }
 }
 
@@ -163,7 +185,7 @@ fn folder_name(step: u64) -> String {
 
 /// Writes the folder of a checkpoint and returns it.
 fn write(folder: &Path, snapshot: Snapshot) -> JobResult<PathBuf> {
-    let Snapshot { step, tensors, metric_lines, window, left_out } = snapshot;
+    let Snapshot { step, tensors, metric_lines, window, left_out, files } = snapshot;
     let name = folder_name(step);
     let (partial, path) = (folder.join(format!("{name}.partial")), folder.join(&name));
     let doing = || format!("write checkpoint {}", path.display());
@@ -176,11 +198,27 @@ fn write(folder: &Path, snapshot: Snapshot) -> JobResult<PathBuf> {
     let file = partial.join(TENSORS_FILE);
     weights::save(&file, &tensors, StoredType::F32, &BTreeMap::new()).or_io(doing)?;
     let tensors_blake3 = files::hash_file(&file).or_io(doing)?;
-    let state = State { version: VERSION, step, tensors_blake3, metric_lines, window, left_out };
+    let files_blake3 = write_files(&partial.join(FILES_DIR), &files).or_io(doing)?;
+    let state = State { version: VERSION, step, tensors_blake3, metric_lines, window, left_out, files_blake3 };
     files::write_json(&partial.join(STATE_FILE), &state).or_io(doing)?;
     fs::rename(&partial, &path).or_io(doing)?;
     files::sync_folder_of(&path).or_io(doing)?;
     Ok(path)
+}
+
+/// Writes and syncs files and returns their hashes.
+fn write_files(folder: &Path, kept: &KeptFiles) -> std::io::Result<BTreeMap<String, String>> {
+    let mut hashes = BTreeMap::new();
+    for (name, bytes) in kept {
+        let path = folder.join(name);
+        fs::create_dir_all(path.parent().unwrap_or(folder))?;
+        let mut file = fs::File::create(&path)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        files::sync_folder_of(&path)?;
+        hashes.insert(name.clone(), blake3::hash(bytes).to_hex().to_string());
+    }
+    Ok(hashes)
 }
 
 /// Returns the newest checkpoint of this or an earlier attempt that verifies, but for the `passed_over` newest of them, and
@@ -224,6 +262,12 @@ fn verify(path: &Path) -> Result<State, String> {
     if hash != state.tensors_blake3 {
         return Err(format!("{TENSORS_FILE} does not have the recorded hash"));
     }
+    for (name, expected) in &state.files_blake3 {
+        let hash = files::hash_file(&path.join(FILES_DIR).join(name)).map_err(|error| format!("{name}: {error}"))?;
+        if hash != *expected {
+            return Err(format!("{name} does not have the recorded hash"));
+        }
+    }
     Ok(state)
 }
 
@@ -235,7 +279,8 @@ mod tests {
         let tensors = vec![("a".to_owned(), TensorData::new(vec![value; 4], [4]))];
         let window = BTreeMap::from([("train/loss".to_owned(), (0.1f64.to_bits(), 3))]);
         let metric_lines = vec!["{\"step\":1}".to_owned()];
-        write(folder, Snapshot { step, tensors, metric_lines, window, left_out: BTreeSet::from([3]) }).unwrap()
+        let files = KeptFiles::from([("samples/a.png".to_owned(), Arc::new(vec![1, 2, 3]))]);
+        write(folder, Snapshot { step, tensors, metric_lines, window, left_out: BTreeSet::from([3]), files }).unwrap()
     }
 
     #[test]
@@ -245,7 +290,9 @@ mod tests {
         let state = verify(&path).unwrap();
         assert_eq!((state.step, state.metric_lines.len(), state.left_out.len()), (12, 1, 1));
         assert_eq!(f64::from_bits(state.window["train/loss"].0), 0.1);
-        let values: Vec<f32> = Found { path, state }.tensors().unwrap().get("a").unwrap().iter::<f32>().collect();
+        let found = Found { path, state };
+        assert_eq!(*found.files().unwrap()["samples/a.png"], [1, 2, 3]);
+        let values: Vec<f32> = found.tensors().unwrap().get("a").unwrap().iter::<f32>().collect();
         assert_eq!(values, [0.5; 4]);
     }
 
@@ -265,8 +312,10 @@ mod tests {
         *bytes.last_mut().unwrap() ^= 1;
         fs::write(&file, bytes).unwrap();
         fs::remove_file(without_state.join(STATE_FILE)).unwrap();
+        let without_file = checkpoint(folder.path(), 45, 5.0);
+        fs::remove_file(without_file.join(FILES_DIR).join("samples/a.png")).unwrap();
         let steps: Vec<u64> = candidates(folder.path()).into_iter().map(|(step, _)| step).collect();
-        assert_eq!(steps, [40, 30, 20, 10]);
+        assert_eq!(steps, [45, 40, 30, 20, 10]);
         let good = candidates(folder.path()).into_iter().find_map(|(_, path)| verify(&path).ok());
         assert_eq!(good.unwrap().step, 10);
     }

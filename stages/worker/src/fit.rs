@@ -37,6 +37,14 @@ pub trait Trainer {
     /// As [`Trainer::step`].
     fn validate(&mut self, step: u64, context: &mut JobContext) -> JobResult<Metrics>;
 
+    /// Draws images to look at; `step` steps are done. Nothing that is computed later may depend on it.
+    ///
+    /// # Errors
+    /// As [`Trainer::validate`].
+    fn sample(&mut self, _step: u64, _context: &mut JobContext) -> JobResult<()> {
+        Ok(())
+    }
+
     /// Returns everything that a later step depends on.
     fn tensors(&self) -> NamedTensors;
 
@@ -59,6 +67,8 @@ pub struct FitPlan {
     pub log_every: u64,
     /// Steps between validations; 0 turns them off. One precedes the first step and one follows the last.
     pub validate_every: u64,
+    /// Steps between drawings of images; 0 turns them off. One follows the last step.
+    pub sample_every: u64,
     /// When to save.
     pub checkpoint: CheckpointSettings,
     /// What to do about a step whose numbers are not finite. Leaving out a single loss is the trainer's matter.
@@ -158,6 +168,11 @@ pub fn fit(trainer: &mut dyn Trainer, plan: &FitPlan, context: &mut JobContext) 
             context.meter.leave_out_since(begun);
             last_validation = Some(metrics);
         }
+        if plan.sample_every > 0 && (done.is_multiple_of(plan.sample_every) || done == plan.total) {
+            let begun = Instant::now();
+            trainer.sample(done, context)?;
+            context.meter.leave_out_since(begun);
+        }
         writer.poll(context)?;
         let is_boundary = done.is_multiple_of(plan.boundary.max(1));
         let is_stopping = context.is_stop_requested() && is_boundary && done < plan.total;
@@ -196,6 +211,7 @@ impl Course {
     fn resume(&mut self, trainer: &mut dyn Trainer, passed_over: u32, context: &mut JobContext) -> JobResult<bool> {
         let Some(found) = checkpoint::find_newest(context, passed_over) else { return Ok(false) };
         trainer.restore(&found.tensors()?)?;
+        context.restore_files(found.files()?)?;
         let (step, path) = (found.state.step, found.path.display().to_string());
         context.emitter.restore_metric_lines(found.state.metric_lines);
         self.done = step;
@@ -244,6 +260,7 @@ impl Course {
             metric_lines: context.emitter.metric_lines().to_vec(),
             window: self.window.to_bits(),
             left_out: self.left_out.clone(),
+            files: context.kept_files().clone(),
         }
     }
 }
@@ -291,7 +308,16 @@ mod tests {
 
     fn plan(total: u64, boundary: u64, on_non_finite: OnNonFinite) -> FitPlan {
         let checkpoint = CheckpointSettings { every: 10, keep: 2, max_bytes: None };
-        FitPlan { total, unit: "steps", boundary, log_every: 1, validate_every: 0, checkpoint, on_non_finite }
+        FitPlan {
+            total,
+            unit: "steps",
+            boundary,
+            log_every: 1,
+            validate_every: 0,
+            sample_every: 0,
+            checkpoint,
+            on_non_finite,
+        }
     }
 
     #[test]

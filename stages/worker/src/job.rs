@@ -44,6 +44,10 @@ pub struct JobReport {
     pub notes: Vec<String>,
 }
 
+/// Files of a result that were made on the way, by their names in it: a checkpoint holds them, so that a resumed job leaves what an
+/// undisturbed one would.
+pub type KeptFiles = BTreeMap<String, Arc<Vec<u8>>>;
+
 /// What a stage works with.
 pub struct JobContext {
     /// The job.
@@ -56,6 +60,8 @@ pub struct JobContext {
     pub device: Device,
     /// Measures the steps of a training.
     pub meter: Meter,
+    /// Files of the result that were made on the way, by their names in the result.
+    kept: KeptFiles,
     stop: Arc<AtomicBool>,
 }
 
@@ -63,6 +69,43 @@ impl JobContext {
     /// Returns the folder that becomes the artifact.
     pub fn out(&self) -> PathBuf {
         self.dir.join(OUT_DIR)
+    }
+
+    /// Writes a file of the result that later steps will not make again.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn keep_file(&mut self, name: &str, bytes: Vec<u8>) -> JobResult<()> {
+        self.write_out(name, &bytes)?;
+        self.kept.insert(name.to_owned(), Arc::new(bytes));
+        Ok(())
+    }
+
+    /// Returns the files that were kept.
+    pub fn kept_files(&self) -> &KeptFiles {
+        &self.kept
+    }
+
+    /// Puts the kept files of a checkpoint in the place of those kept so far.
+    ///
+    /// # Errors
+    /// When the disk is full.
+    pub fn restore_files(&mut self, files: KeptFiles) -> JobResult<()> {
+        for name in self.kept.keys().filter(|name| !files.contains_key(*name)) {
+            let path = self.out().join(name);
+            fs::remove_file(&path).or_io(|| format!("remove {}", path.display()))?;
+        }
+        for (name, bytes) in &files {
+            self.write_out(name, bytes)?;
+        }
+        self.kept = files;
+        Ok(())
+    }
+
+    fn write_out(&self, name: &str, bytes: &[u8]) -> JobResult<()> {
+        let path = self.out().join(name);
+        let folder = path.parent().unwrap_or(&self.dir);
+        fs::create_dir_all(folder).and_then(|()| fs::write(&path, bytes)).or_io(|| format!("write {}", path.display()))
     }
 
     /// Returns the folder for checkpoints.
@@ -138,7 +181,7 @@ impl JobContext {
             remedies: JobRemedies::default(),
         };
         let (emitter, meter) = (Emitter::open(dir)?, Meter::new(None, None));
-        Ok(Self { spec, dir: dir.to_owned(), emitter, device, meter, stop: Arc::default() })
+        Ok(Self { spec, dir: dir.to_owned(), emitter, device, meter, kept: KeptFiles::new(), stop: Arc::default() })
     }
 }
 
@@ -203,7 +246,7 @@ fn execute(spec: JobSpec, dir: &Path) -> JobResult<(JobEnd, Metrics)> {
     fs::create_dir_all(&out).or_io(|| format!("create {}", out.display()))?;
     let settings = spec.settings.clone();
     let meter = Meter::new(spec.peak_tflops, GpuWatch::of_device(&spec.device));
-    let mut context = JobContext { spec, dir: dir.to_owned(), emitter, device, meter, stop };
+    let mut context = JobContext { spec, dir: dir.to_owned(), emitter, device, meter, kept: KeptFiles::new(), stop };
     match &settings {
         Settings::Train(_) => {}
         Settings::Rl(_) => {

@@ -398,6 +398,7 @@ mod tests {
             boundary: ACCUMULATION,
             log_every: 1,
             validate_every: 0,
+            sample_every: 0,
             checkpoint: CheckpointSettings { every: 4, keep: 2, max_bytes: None },
             on_non_finite,
         };

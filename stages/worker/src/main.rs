@@ -40,6 +40,7 @@ mod png;
 mod precision;
 mod rewards;
 mod rollout;
+mod samples;
 mod sampling;
 mod scene_heads;
 mod spikes;

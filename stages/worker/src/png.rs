@@ -23,7 +23,11 @@ pub fn write(path: &Path, image: &RgbImage, record: Option<&GenerationRecord>) -
     std::fs::rename(&temporary, path).or_io(failed)
 }
 
-fn encode(image: &RgbImage, record: Option<&GenerationRecord>) -> Result<Vec<u8>, ::png::EncodingError> {
+/// Returns an image as the bytes of a PNG file.
+///
+/// # Errors
+/// When it cannot be encoded.
+pub fn encode(image: &RgbImage, record: Option<&GenerationRecord>) -> Result<Vec<u8>, ::png::EncodingError> {
     let mut bytes = Vec::new();
     let mut encoder = ::png::Encoder::new(&mut bytes, image.width(), image.height());
     encoder.set_color(::png::ColorType::Rgb);

@@ -146,6 +146,7 @@ pub fn run(case: &Case, check: &mut Checker) -> ParityResult<()> {
         boundary: 1,
         log_every: 1,
         validate_every: 0,
+        sample_every: 0,
         checkpoint: CheckpointSettings { every: 0, keep: 1, max_bytes: None },
         on_non_finite,
     };

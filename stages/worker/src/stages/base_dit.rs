@@ -90,6 +90,7 @@ pub fn run(settings: &BaseDitSettings, context: &mut JobContext) -> JobResult<Jo
         boundary: 1,
         log_every: 10,
         validate_every: settings.validate_every,
+        sample_every: 0,
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: OnNonFinite::Stop,
     };

@@ -54,6 +54,7 @@ pub fn run(settings: &BaseVaeSettings, context: &mut JobContext) -> JobResult<Jo
         boundary: 1,
         log_every: 10,
         validate_every: 100,
+        sample_every: 0,
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: OnNonFinite::Stop,
     };

@@ -68,6 +68,7 @@ pub fn run(settings: &BaseVlmSettings, context: &mut JobContext) -> JobResult<Jo
         boundary: 1,
         log_every: 10,
         validate_every: settings.steps.div_ceil(4),
+        sample_every: 0,
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: OnNonFinite::Stop,
     };

@@ -62,6 +62,7 @@ pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd>
         boundary: 1,
         log_every: 1,
         validate_every: settings.evaluation.every,
+        sample_every: 0,
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: settings.policy.on_non_finite,
     };

@@ -30,6 +30,7 @@ use crate::learner::{Learner, UpdateRule, leave_out};
 use crate::micro_batches::MicroBatches;
 use crate::model_folder;
 use crate::precision;
+use crate::samples::Samples;
 use crate::warm_start::WarmStart;
 
 /// Samples of a validation batch.
@@ -49,6 +50,7 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         boundary: settings.train.accumulation,
         log_every: settings.train.log_every,
         validate_every: settings.validation.every,
+        sample_every: settings.samples.as_ref().map_or(0, |samples| samples.every),
         checkpoint: settings.checkpoint.clone(),
         on_non_finite: settings.train.on_non_finite,
     };
@@ -65,6 +67,9 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         metrics.insert(format!("data/share/{}", member.name), count as f64 / total);
     }
     context.emitter.note(mixture.realised_table(&num_drawn));
+    if let Some(samples) = &trainer.samples {
+        samples.finish(context)?;
+    }
     model_folder::write_checkpoint(trainer.learner.model(), trainer.learner.ema(), &context.out())?;
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
@@ -74,6 +79,8 @@ struct StageTrainer {
     batches: MicroBatches,
     held_out: Vec<(Task, Vec<Batch>)>,
     warm_start: Option<WarmStart>,
+    /// Images drawn on the way.
+    samples: Option<Samples>,
     settings: TrainSettings,
     /// Parts that micro-batches, and held-out batches, are divided into.
     division: usize,
@@ -147,6 +154,8 @@ impl StageTrainer {
             ema: settings.train.ema,
         };
         let held_out = held_out_batches(&loader)?;
+        let wanted = settings.samples.as_ref().filter(|samples| samples.every > 0 && !samples.prompts.is_empty());
+        let samples = wanted.map(|wanted| Samples::new(wanted, settings.image.size, &loader.tokenizer)).transpose()?;
         if warm_start.is_some() {
             context
                 .warn_of_undivided("all of this stage is divided but `warm_start`, which compares whole micro-batches");
@@ -161,6 +170,7 @@ impl StageTrainer {
             batches: MicroBatches::new(loader, flow, prepared, seed, steps_before, counted),
             held_out,
             warm_start,
+            samples,
             settings: settings.clone(),
             division,
             seed,
@@ -261,6 +271,13 @@ impl Trainer for StageTrainer {
             metrics.insert(loss_name("validation", *task), sum / count);
         }
         Ok(metrics)
+    }
+
+    fn sample(&mut self, step: u64, context: &mut JobContext) -> JobResult<()> {
+        match &self.samples {
+            Some(samples) => samples.take(&self.learner.model().clone().valid(), step, context),
+            None => Ok(()),
+        }
     }
 
     fn tensors(&self) -> NamedTensors {
