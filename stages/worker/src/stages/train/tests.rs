@@ -1,9 +1,12 @@
+//! Whole trainings of stage 2 at small sizes, on the shipped base.
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use deepgen_contract::data::{ContaminationPolicy, ContaminationSettings, MixSettings, Sampling, TaskCycle};
 use deepgen_contract::id::{Fingerprint, NodeName};
-use deepgen_contract::job::JobInput;
+use deepgen_contract::job::{JobInput, SamplesRecord};
+use deepgen_contract::train::SampleSettings;
 use deepgen_data::mix::mix;
 use deepgen_data::prepare::{PreparePlace, prepare};
 use deepgen_data::prompt::encode_image_to_image;
@@ -100,6 +103,10 @@ impl Bench {
     fn run(&self, name: &str, division: u32) -> (Vec<Value>, WeightFile) {
         let mut context = self.context(name, division);
         assert!(matches!(run(&self.settings(), &mut context).unwrap(), JobEnd::Done(_)));
+        let measured = context.meter.summary();
+        for name in ["throughput/images_per_second", "throughput/flops_per_step", "time/compute_seconds"] {
+            assert!(measured[name] > 0.0, "{measured:?}");
+        }
         let lines = context.emitter.metric_lines().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
         (lines, WeightFile::open(&context.out().join(model_folder::TRAINED_FILE)).unwrap())
     }
@@ -213,4 +220,35 @@ fn the_parts_of_a_batch_of_many_sizes_have_the_gradient_of_the_whole() {
         }
         assert!(num_reached > whole.iter().count() / 2, "{num_reached} of {} learn", whole.iter().count());
     }
+}
+
+#[test]
+fn images_are_drawn_on_the_way_and_change_nothing_that_is_trained() {
+    let bench = Bench::new();
+    let (plain_lines, _) = bench.run("plain", 1);
+    let samples = SampleSettings {
+        every: 4,
+        prompts: ["a red circle", "two blue squares", "the word \"go\""].map(str::to_owned).to_vec(),
+        seed: 3,
+        steps: 2,
+        guidance: 2.0,
+    };
+    let mut context = bench.context("drawn", 1);
+    let settings = TrainSettings { samples: Some(samples.clone()), ..bench.settings() };
+    assert!(matches!(run(&settings, &mut context).unwrap(), JobEnd::Done(_)));
+    let lines: Vec<Value> =
+        context.emitter.metric_lines().iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines, plain_lines);
+    let trained =
+        |name: &str| std::fs::read(bench.folder.path().join(name).join("out").join("trained.safetensors")).unwrap();
+    assert!(trained("drawn") == trained("plain"), "the weights differ");
+
+    let folder = context.out().join("samples");
+    let record: SamplesRecord = serde_json::from_slice(&std::fs::read(folder.join("samples.json")).unwrap()).unwrap();
+    assert_eq!((record.prompts, record.columns, record.side), (samples.prompts, 3, 32));
+    assert_eq!(record.steps, [4, 8, 12]);
+    let grids: Vec<Vec<u8>> =
+        record.steps.iter().map(|step| std::fs::read(folder.join(format!("step-{step:08}.png"))).unwrap()).collect();
+    assert!(grids[0] != grids[2], "what is drawn changes with the weights");
+    assert_eq!(image::load_from_memory(&grids[2]).unwrap().to_rgb8().dimensions(), (96, 32));
 }
