@@ -223,26 +223,9 @@ pub fn parts_of(manifest: &Manifest) -> Vec<Part> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{ExternalFiles, Known, NodeRecord, Plan};
+    use crate::plan::Plan;
+    use crate::plan::nothing::Nothing;
     use crate::spec::tests::full;
-    use deepgen_contract::id::Fingerprint;
-
-    struct Nothing;
-
-    impl Known for Nothing {
-        fn is_sealed(&self, _: &Fingerprint) -> bool {
-            false
-        }
-        fn latest(&self, _: &NodeName) -> Option<NodeRecord> {
-            None
-        }
-    }
-
-    impl ExternalFiles for Nothing {
-        fn content_hash(&self, path: &str) -> Option<String> {
-            Some(path.to_owned())
-        }
-    }
 
     fn facts(set: &[&str], host: &str) -> RunFacts {
         let resolved = full(None, set);

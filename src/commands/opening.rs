@@ -24,12 +24,12 @@ use crate::run::board::{Entry, Start};
 use crate::run::driver::link_node;
 use crate::run::event::{NodeState, Origin, RunEvent, RunResult};
 use crate::run::slots::Request;
-use crate::spec::Resolved;
+use crate::spec::{Resolved, ResolvedNode};
 use crate::store::index::RunIndex;
 use crate::store::layout::{self, ENVIRONMENT_FILE, NODES_DIR, RESOLVED_FILE};
 use crate::store::lock::Holder;
 use crate::store::runs;
-use crate::store::runs::SavedPlan;
+use crate::store::saved::write_plan;
 use crate::store::state::{NodeRow, State};
 use crate::store::{ArtifactStore, Layout, Recorder, external};
 
@@ -219,10 +219,24 @@ pub fn command_line(arguments: impl Iterator<Item = String>) -> Vec<String> {
 }
 
 fn save_plan(resolved: &Resolved, plan: &Plan, run_dir: &Path) -> Result<()> {
-    SavedPlan::of(resolved, plan, std::env::current_dir().ok()).write(run_dir)?;
+    write_plan(resolved, plan, std::env::current_dir().ok(), run_dir)?;
     RunIndex::of(plan).write(run_dir)?;
-    let text = toml::to_string(resolved)?;
-    external::write_atomically(&run_dir.join(RESOLVED_FILE), text.as_bytes())?;
+    external::write_atomically_with(&run_dir.join(RESOLVED_FILE), |file| write_resolved(resolved, file))?;
+    Ok(())
+}
+
+/// Writes the resolved pipeline as TOML, a node after the other: of ten thousand there is never a second copy.
+fn write_resolved(resolved: &Resolved, file: &mut dyn io::Write) -> io::Result<()> {
+    #[derive(serde::Serialize)]
+    struct One<'a> {
+        nodes: [&'a ResolvedNode; 1],
+    }
+    let head = Resolved { nodes: Vec::new(), sources: BTreeMap::new(), ..resolved.clone() };
+    file.write_all(toml::to_string(&head).map_err(io::Error::other)?.as_bytes())?;
+    for node in &resolved.nodes {
+        let text = toml::to_string(&One { nodes: [node] }).map_err(io::Error::other)?;
+        write!(file, "\n{text}")?;
+    }
     Ok(())
 }
 
@@ -240,7 +254,7 @@ pub fn save_environment(captured: &Captured, run_dir: &Path) -> Result<()> {
 }
 
 /// Returns what the same plan gives again: the names of its nodes with their fingerprints, and what is forced.
-fn plan_identity(resolved: &Resolved, selected: &Selected) -> String {
+pub fn plan_identity(resolved: &Resolved, selected: &Selected) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(resolved.name.as_bytes());
     for planned in &selected.plan.nodes {

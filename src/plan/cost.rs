@@ -217,25 +217,8 @@ fn images(generate: &GenerateSettings) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{ExternalFiles, Known, NodeRecord};
+    use crate::plan::nothing::Nothing;
     use crate::spec::tests::full;
-
-    struct Nothing;
-
-    impl Known for Nothing {
-        fn is_sealed(&self, _: &Fingerprint) -> bool {
-            false
-        }
-        fn latest(&self, _: &NodeName) -> Option<NodeRecord> {
-            None
-        }
-    }
-
-    impl ExternalFiles for Nothing {
-        fn content_hash(&self, path: &str) -> Option<String> {
-            Some(path.to_owned())
-        }
-    }
 
     fn past(plan: &Plan, node: &str, seconds: f64, device: &str) -> Vec<PastJob> {
         let result = |planned: &PlannedNode| {
@@ -304,8 +287,9 @@ mod tests {
         let mut plan = Plan::build(&full(None, &[]), &Nothing, &Nothing);
         let jobs = past(&plan, "sft", 1800.0, "cuda:0");
         for planned in &mut plan.nodes {
-            planned.node.device = if planned.node.kind.uses_device() { "cuda:1".into() } else { "cpu".into() };
-            planned.node.slots = [("gpu".to_owned(), 2.0)].into();
+            let node = std::sync::Arc::make_mut(&mut planned.node);
+            node.device = if node.kind.uses_device() { "cuda:1".into() } else { "cpu".into() };
+            node.slots = [("gpu".to_owned(), 2.0)].into();
         }
         let costs = Costs::of(&plan, &jobs);
         assert!((costs.nodes[&NodeName("sft".into())].gpu_hours - 1.0).abs() < 1e-9);

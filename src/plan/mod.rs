@@ -3,6 +3,8 @@
 mod cost;
 mod fingerprint;
 pub mod graph;
+#[cfg(test)]
+pub(crate) mod nothing;
 #[expect(clippy::module_inception, reason = "the plan is the noun of this module")]
 mod plan;
 pub mod render;

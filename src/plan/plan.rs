@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::sync::Arc;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 use deepgen_contract::settings::Settings;
@@ -70,7 +71,7 @@ pub struct Plan {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PlannedNode {
     /// The node.
-    pub node: ResolvedNode,
+    pub node: Arc<ResolvedNode>,
     /// Identity of its result. Of a blocked node it is provisional: missing content is left out of it.
     pub fingerprint: Fingerprint,
     /// The node's own identity, where a person accepted another's result in its place.
@@ -248,7 +249,7 @@ pub fn external_content(settings: &Settings, files: &dyn ExternalFiles) -> (BTre
 }
 
 fn plan_node(
-    node: &ResolvedNode,
+    node: &Arc<ResolvedNode>,
     (inputs, needs): (&BTreeMap<&str, &PlannedNode>, Vec<&PlannedNode>),
     known: &dyn Known,
     files: &dyn ExternalFiles,

@@ -47,7 +47,8 @@ pub type Unbuildable = (NodeName, String);
 
 /// Returns the sizes of every training node whose model is known; of one that cannot be built, the reason.
 pub fn training_sizes(resolved: &Resolved) -> Vec<Result<TrainingSizes, Unbuildable>> {
-    let nodes: BTreeMap<&NodeName, &ResolvedNode> = resolved.nodes.iter().map(|node| (&node.name, node)).collect();
+    let nodes: BTreeMap<&NodeName, &ResolvedNode> =
+        resolved.nodes.iter().map(|node| (&node.name, node.as_ref())).collect();
     resolved.nodes.iter().filter_map(|node| sizes_of(node, &nodes)).collect()
 }
 

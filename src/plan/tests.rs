@@ -1,6 +1,7 @@
 //! Tests of planning on the fixture pipeline: verdicts, reasons, and what a person reads.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Instant;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
@@ -70,7 +71,7 @@ pub fn plan_of_full() -> Plan {
 
 /// Calls the first node otherwise.
 pub fn with_name(mut plan: Plan, name: &str) -> Plan {
-    plan.nodes[0].node.name = NodeName(name.into());
+    Arc::make_mut(&mut plan.nodes[0].node).name = NodeName(name.into());
     plan
 }
 
@@ -108,7 +109,7 @@ fn the_way_a_node_runs_is_no_part_of_its_result() {
     let resolved = full(None, &[]);
     let store = Store::after(&plan_of(&resolved, &Store::default()));
     let mut other = resolved.clone();
-    for node in &mut other.nodes {
+    for node in other.nodes.iter_mut().map(Arc::make_mut) {
         node.device = "cuda:1".into();
         node.threads += 1;
         node.retries += 1;

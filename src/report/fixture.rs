@@ -25,7 +25,7 @@ use crate::run::event::{Failure, NodeState, Origin, RunEvent, RunResult};
 use crate::spec::{Overrides, Resolved, load, load_sweep};
 use crate::store::journal::{JOURNAL_FILE, Journal};
 use crate::store::layout::RESOLVED_FILE;
-use crate::store::runs::SavedPlan;
+use crate::store::saved::write_plan;
 use crate::store::{ArtifactStore, Layout, artifacts};
 
 const START_MS: u64 = 1_795_556_112_000;
@@ -95,7 +95,7 @@ fn write_run(resolved: &Resolved, plan: &Plan, store: &ArtifactStore, story: &St
     let run = format!("20261124-213512-{}", resolved.name);
     let run_dir = store.layout().run(&run);
     fs::create_dir_all(&run_dir).unwrap();
-    SavedPlan::of(resolved, plan, None).write(&run_dir).unwrap();
+    write_plan(resolved, plan, None, &run_dir).unwrap();
     fs::write(run_dir.join(RESOLVED_FILE), toml::to_string(resolved).unwrap()).unwrap();
     let mut journal = Journal::open(&run_dir.join(JOURNAL_FILE)).unwrap();
     let file = if resolved.sweep.is_some() { "sweep experiments/architecture.toml" } else { "run pipelines/full.toml" };

@@ -163,8 +163,7 @@ pub fn names(path: &Path) -> Option<Names> {
     }
     // A file with problems still has names.
     let outcome = resolve(&mut project, (&file, &tree), &Request::default(), &mut problems);
-    let name = |node: &super::ResolvedNode| node.name.0.clone();
-    let nodes = outcome.resolved.nodes.iter().map(name).collect();
+    let nodes = outcome.resolved.nodes.iter().map(|node| node.name.0.clone()).collect();
     Some(Names { nodes, profiles: outcome.profiles, variants: outcome.variants })
 }
 

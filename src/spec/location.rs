@@ -49,16 +49,16 @@ mod tests {
 
     #[test]
     fn a_path_reads_the_same_from_the_root_whichever_file_holds_it() {
-        let see = |from: &str, path: &str| from_root(Path::new("/home/p"), Path::new(from), path);
-        assert_eq!(see("/home/p/pipelines", "../data/a.txt"), "data/a.txt");
-        assert_eq!(see("/home/p", "./data//a.txt"), "data/a.txt");
-        assert_eq!(see("/home/p/stages", "base/shapes"), "stages/base/shapes");
-        assert_eq!(see("/home/p/pipelines", "/home/p/data/../data/a"), "data/a");
-        assert_eq!(see("/home/p/pipelines", "/data/a/../b"), "/data/a/../b");
-        assert_eq!(see("/home/p/pipelines", "../../q/x"), "../q/x");
-        assert_eq!(see("/home/p/pipelines", ".."), ".");
-        assert_eq!(see("/home/p/pipelines", "/"), "/");
-        assert_eq!(see("/home/p/pipelines", ""), "");
-        assert_eq!(see("/home/p/pipelines", "../sets/shard-*.tar"), "sets/shard-*.tar");
+        let see = |from: &str, path: &str| from_root(Path::new("/project"), Path::new(from), path);
+        assert_eq!(see("/project/pipelines", "../data/a.txt"), "data/a.txt");
+        assert_eq!(see("/project", "./data//a.txt"), "data/a.txt");
+        assert_eq!(see("/project/stages", "base/shapes"), "stages/base/shapes");
+        assert_eq!(see("/project/pipelines", "/project/data/../data/a"), "data/a");
+        assert_eq!(see("/project/pipelines", "/data/a/../b"), "/data/a/../b");
+        assert_eq!(see("/project/pipelines", "../../q/x"), "../q/x");
+        assert_eq!(see("/project/pipelines", ".."), ".");
+        assert_eq!(see("/project/pipelines", "/"), "/");
+        assert_eq!(see("/project/pipelines", ""), "");
+        assert_eq!(see("/project/pipelines", "../sets/shard-*.tar"), "sets/shard-*.tar");
     }
 }

@@ -12,6 +12,7 @@ mod expand;
 #[cfg(test)]
 mod feature_tests;
 mod fields;
+mod handed_on;
 mod include;
 mod layers;
 mod load;
@@ -42,6 +43,6 @@ pub use diagnostic::{Diagnostic, Label, Style, nearest, quoted_list, render};
 pub use embedded::source_now;
 pub use load::{FileKind, Names, Overrides, check, load, load_sweep, names};
 pub use policy::{Backoff, Remedies};
-pub use project::BUILT_IN;
+pub use project::{BUILT_IN, root_around, stage_files};
 pub use resolved::{Executor, MetricRef, Origin, Resolved, ResolvedNode, Sweep, Variant};
 pub use stage_file::PAPER_PROFILE;

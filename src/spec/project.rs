@@ -152,8 +152,13 @@ impl Project {
     }
 }
 
+/// Returns the project folder that `file` belongs to; nothing when the working directory is gone.
+pub fn root_around(file: &Path) -> Option<PathBuf> {
+    Project::around(file).ok().map(|project| project.root)
+}
+
 /// Returns the names of the stage files below `root`, sorted.
-fn stage_files(root: &Path) -> Vec<String> {
+pub fn stage_files(root: &Path) -> Vec<String> {
     let entries = std::fs::read_dir(root.join(STAGES_DIR)).into_iter().flatten().flatten();
     let files = entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|end| end == "toml"));
     // The manifests of the crates that implement stages lie one folder deeper.

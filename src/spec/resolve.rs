@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::id::NodeName;
@@ -15,6 +16,7 @@ use super::assignment::Assignment;
 use super::diagnostic::Diagnostic;
 use super::expand::expand;
 use super::fields::SlotTable;
+use super::handed_on;
 use super::layers::{Layers, check_selectors};
 use super::load::Overrides;
 use super::location;
@@ -137,7 +139,7 @@ pub fn resolve(
     problems.append(&mut references.problems);
     let presence = decide(&mut instances, &kinds, unmet);
     let mut typing = Typing { executor: &executor, seed, root: &project.root, problems };
-    let mut nodes: Vec<ResolvedNode> = Vec::new();
+    let mut nodes: Vec<Arc<ResolvedNode>> = Vec::new();
     for (at, (instance, (settings, (run, _)))) in instances.iter().zip(replaced.into_iter().zip(&rest)).enumerate() {
         let table = &tables[instance.table];
         let (Some((stage, _)), Some(kind)) = (&table.stage, kinds[instance.table]) else { continue };
@@ -148,7 +150,7 @@ pub fn resolve(
             let inputs = instance.inputs.iter().map(|(port, at)| (port.clone(), instances[*at].name.clone()));
             node.inputs = inputs.collect();
             node.needs = instance.needs.iter().map(|at| instances[*at].name.clone()).collect();
-            nodes.push(node);
+            nodes.push(Arc::new(node));
         }
     }
     let left_out = instances.iter().zip(&presence).filter_map(|(instance, presence)| match presence {
@@ -174,6 +176,7 @@ pub fn resolve(
         left_out,
     };
     check_models(&resolved, &tables, problems);
+    handed_on::check(&resolved, &tables, problems);
     Outcome { resolved, profiles: known, variants: pipeline.variants.keys().cloned().collect() }
 }
 

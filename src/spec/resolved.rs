@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use deepgen_contract::id::NodeName;
 use deepgen_contract::settings::Settings;
@@ -37,7 +38,8 @@ pub struct Resolved {
     /// Where jobs run.
     pub executor: Executor,
     /// Nodes; each stands after its inputs.
-    pub nodes: Vec<ResolvedNode>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nodes: Vec<Arc<ResolvedNode>>,
     /// What stands for what in each variant, when this is a sweep.
     pub sweep: Option<Sweep>,
     /// What the command line changed.
@@ -69,7 +71,7 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 impl Resolved {
     /// Returns the node of a name.
     pub fn node(&self, name: &NodeName) -> Option<&ResolvedNode> {
-        self.nodes.iter().find(|node| &node.name == name)
+        self.nodes.iter().find(|node| &node.name == name).map(Arc::as_ref)
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 
@@ -236,9 +237,9 @@ fn assign(variant: &mut VariantTable, axis: &AxisTable, value: usize, is_named: 
 }
 
 /// Unites the variants' graphs by fingerprint; external content counts by its path, which is the same for all.
-fn unite(tables: &[VariantTable], resolved: &[Resolved]) -> (Vec<ResolvedNode>, Vec<Variant>) {
+fn unite(tables: &[VariantTable], resolved: &[Resolved]) -> (Vec<Arc<ResolvedNode>>, Vec<Variant>) {
     let prints: Vec<BTreeMap<&NodeName, Fingerprint>> = resolved.iter().map(fingerprints).collect();
-    let mut nodes: Vec<ResolvedNode> = Vec::new();
+    let mut nodes: Vec<Arc<ResolvedNode>> = Vec::new();
     let mut by_result: BTreeMap<(&NodeName, Fingerprint), NodeName> = BTreeMap::new();
     let mut variants = Vec::new();
     for ((table, resolved), own) in tables.iter().zip(resolved).zip(&prints) {
@@ -252,7 +253,7 @@ fn unite(tables: &[VariantTable], resolved: &[Resolved]) -> (Vec<ResolvedNode>, 
                 let inputs =
                     node.inputs.iter().map(|(port, input)| (port.clone(), stands_for[input].clone())).collect();
                 let needs = node.needs.iter().map(|need| stands_for[need].clone()).collect();
-                nodes.push(ResolvedNode { name: name.clone(), inputs, needs, ..node.clone() });
+                nodes.push(Arc::new(ResolvedNode { name: name.clone(), inputs, needs, ..ResolvedNode::clone(node) }));
                 name
             });
             stands_for.insert(node.name.clone(), name.clone());

@@ -32,10 +32,26 @@ struct Memory {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Remembered {
+    #[serde(flatten)]
+    stamp: Stamp,
+    blake3: String,
+}
+
+/// What a file looks like from outside; with all of it equal, its content counts as unchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stamp {
     bytes: u64,
     modified_ns: u64,
     inode: u64,
-    blake3: String,
+}
+
+impl Stamp {
+    /// Returns the stamp of a file.
+    pub fn of(metadata: &std::fs::Metadata) -> Self {
+        let modified = metadata.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        let modified_ns = modified.map_or(0, |since| since.as_nanos() as u64);
+        Self { bytes: metadata.len(), modified_ns, inode: inode(metadata) }
+    }
 }
 
 impl FileHashes {
@@ -54,19 +70,22 @@ impl FileHashes {
     /// # Errors
     /// When it cannot be read.
     pub fn file_hash(&self, path: &Path) -> io::Result<String> {
-        let metadata = std::fs::metadata(path)?;
-        let modified_ns = metadata.modified()?.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
-        let (bytes, inode) = (metadata.len(), inode(&metadata));
-        if let Some(known) = self.known.borrow().files.get(path)
-            && (known.bytes, known.modified_ns, known.inode) == (bytes, modified_ns, inode)
-        {
+        let stamp = Stamp::of(&std::fs::metadata(path)?);
+        if let Some(known) = self.known.borrow().files.get(path).filter(|known| known.stamp == stamp) {
             return Ok(known.blake3.clone());
         }
         let blake3 = hash_file(path)?;
         let mut known = self.known.borrow_mut();
-        known.files.insert(path.to_owned(), Remembered { bytes, modified_ns, inode, blake3: blake3.clone() });
+        known.files.insert(path.to_owned(), Remembered { stamp, blake3: blake3.clone() });
         known.is_changed = true;
         Ok(blake3)
+    }
+
+    /// Writes what was learnt; a memory that cannot be written costs time and nothing else.
+    pub fn remember(&self) {
+        if let Err(error) = self.save() {
+            tracing::warn!(%error, "hashes of external files will be computed again next time");
+        }
     }
 
     /// Writes what was learnt; without this the next run reads the files again.
@@ -142,10 +161,21 @@ pub fn hash_reader(reader: &mut impl io::Read) -> io::Result<String> {
 /// # Errors
 /// When the file system says no.
 pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
+    write_atomically_with(path, |file| file.write_all(content))
+}
+
+/// Writes a file as [`write_atomically`] does, with content that is made while it is written.
+///
+/// # Errors
+/// When the file system says no, or `write` does.
+pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
     let folder = path.parent().ok_or_else(|| io::Error::other("the path has no folder"))?;
     std::fs::create_dir_all(folder)?;
     let mut file = tempfile::Builder::new().prefix(".new-").permissions(readable()).tempfile_in(folder)?;
-    file.write_all(content)?;
+    let mut buffered = io::BufWriter::new(file.as_file_mut());
+    write(&mut buffered)?;
+    buffered.flush()?;
+    drop(buffered);
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;
     super::journal::sync_parent(path)

@@ -13,10 +13,11 @@ use deepgen_contract::id::{Fingerprint, NodeName};
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::ser::SerializeStruct;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use super::external::write_atomically;
+use super::external::write_atomically_with;
 use super::layout::PLAN_FILE;
 use crate::plan::{Part, Plan, PlannedNode, Sources, Verdict, parts, value_leaves};
 use crate::spec::{Origin, Overrides, Resolved, Sweep};
@@ -26,7 +27,7 @@ pub const PLAN_VERSION: u32 = 2;
 
 /// What a run set out to do.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct SavedPlan {
+pub struct SavedPlan<Graph = SavedGraph> {
     /// [`PLAN_VERSION`] of the writer.
     pub version: u32,
     /// Name of the pipeline or experiment.
@@ -57,7 +58,7 @@ pub struct SavedPlan {
     #[serde(default, deserialize_with = "or_default")]
     pub sweep: Option<Sweep>,
     /// Nodes with their fingerprints and the verdicts at the start of the run.
-    pub plan: SavedGraph,
+    pub plan: Graph,
 }
 
 /// The nodes of a saved plan; each stands after its inputs.
@@ -145,9 +146,34 @@ fn understood<'de, D: Deserializer<'de>, T: DeserializeOwned>(
     Ok(all.into_iter().filter_map(|(key, value)| Some((key, serde_json::from_value(value).ok()?))).collect())
 }
 
-impl SavedPlan {
-    /// Returns what is saved of a plan; `directory` is where the command was given.
-    pub fn of(resolved: &Resolved, plan: &Plan, directory: Option<PathBuf>) -> Self {
+/// The nodes of a plan, saved one after the other: of ten thousand there is never a second copy.
+struct Streamed<'a>(&'a Plan);
+
+impl Serialize for Streamed<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        struct Nodes<'a>(&'a Plan);
+        impl Serialize for Nodes<'_> {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_seq(self.0.nodes.iter().map(SavedPlanned::of))
+            }
+        }
+        let mut graph = serializer.serialize_struct("SavedGraph", 1)?;
+        graph.serialize_field("nodes", &Nodes(self.0))?;
+        graph.end()
+    }
+}
+
+/// Writes what a run sets out to do into its folder; `directory` is where the command was given.
+///
+/// # Errors
+/// When the file system says no.
+pub fn write_plan(resolved: &Resolved, plan: &Plan, directory: Option<PathBuf>, run_dir: &Path) -> io::Result<()> {
+    let saved = SavedPlan::holding(resolved, directory, Streamed(plan));
+    write_atomically_with(&run_dir.join(PLAN_FILE), |file| Ok(serde_json::to_writer(file, &saved)?))
+}
+
+impl<Graph> SavedPlan<Graph> {
+    fn holding(resolved: &Resolved, directory: Option<PathBuf>, plan: Graph) -> Self {
         Self {
             version: PLAN_VERSION,
             pipeline: resolved.name.clone(),
@@ -160,16 +186,16 @@ impl SavedPlan {
             env: resolved.env.clone(),
             sources: resolved.sources.clone(),
             sweep: resolved.sweep.clone(),
-            plan: SavedGraph { nodes: plan.nodes.iter().map(SavedPlanned::of).collect() },
+            plan,
         }
     }
+}
 
-    /// Writes the plan into a run's folder.
-    ///
-    /// # Errors
-    /// When the file system says no.
-    pub fn write(&self, run_dir: &Path) -> io::Result<()> {
-        write_atomically(&run_dir.join(PLAN_FILE), &serde_json::to_vec(self)?)
+impl SavedPlan {
+    /// Returns what is saved of a plan; `directory` is where the command was given.
+    pub fn of(resolved: &Resolved, plan: &Plan, directory: Option<PathBuf>) -> Self {
+        let nodes = plan.nodes.iter().map(SavedPlanned::of).collect();
+        Self::holding(resolved, directory, SavedGraph { nodes })
     }
 
     /// Reads the plan of a run.
