@@ -25,6 +25,7 @@ pub mod freeze;
 pub mod gc;
 pub mod generate;
 pub mod graph;
+pub mod idle;
 pub mod init;
 pub mod logs;
 pub mod opening;
@@ -36,6 +37,7 @@ pub mod run;
 pub mod runs;
 pub mod schema;
 pub mod selection;
+pub mod settled;
 pub mod state;
 pub mod status;
 pub mod stop;
@@ -106,10 +108,9 @@ pub fn results_of(resolved: &Resolved, folder: Option<&Path>) -> Result<(Plan, A
     let store = ArtifactStore::open(layout.clone());
     let plan = Plan::build(resolved, &store, &hashes);
     // Planning leaves no trace where nothing was run yet.
-    if layout.state().is_dir()
-        && let Err(error) = hashes.save()
-    {
-        tracing::warn!(%error, "hashes of external files will be computed again next time");
+    if layout.state().is_dir() {
+        hashes.remember();
+        store.save_memory();
     }
     Ok((plan, store))
 }

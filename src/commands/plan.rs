@@ -7,15 +7,16 @@ use anyhow::Result;
 use deepgen_contract::id::NodeName;
 use serde::Serialize;
 
-use super::selection::{Selected, Selection};
-use super::{Overriding, load_or_report, results_of};
+use super::selection::Selection;
+use super::settled::Question;
+use super::{Overriding, artifacts_layout, load_or_report, results_of};
 use crate::cli::{Exit, Wrong};
 use crate::plan::{
     Cost, Costs, Difference, Missing, Plan, PlannedNode, Reason, TrainingSizes, Verdict, render, training_sizes,
 };
 use crate::progress::format::count;
 use crate::spec::{PAPER_PROFILE, Resolved, Sweep};
-use crate::store::{ArtifactStore, history};
+use crate::store::{ArtifactStore, FileHashes, Layout, history};
 
 /// Version of what `--json` prints: 2 added the reason's parts, differences and costs.
 const JSON_VERSION: u32 = 2;
@@ -127,11 +128,30 @@ impl<'a> NodeJson<'a> {
 /// # Errors
 /// When the working directory is gone, or the plan is dearer than allowed.
 pub fn plan(args: &PlanArgs) -> Result<Exit> {
+    let is_plain = !args.verbose && !args.sizes && !args.json && args.max_gpu_hours.is_none();
+    let question = Question::new(&args.file, &args.overriding, &args.selection, false).filter(|_| is_plain);
+    if let Some(text) = question.as_ref().and_then(|question| settled(question, args)) {
+        print!("{text}");
+        return Ok(Exit::Done);
+    }
     let Some(resolved) = load_or_report(&args.file, &args.overriding, false) else { return Ok(Exit::Wrong) };
     let (plan, store) = results_of(&resolved, args.artifacts.as_deref())?;
-    let Selected { plan, .. } = args.selection.apply(&plan)?;
-    print(&resolved, &plan, &store, args)?;
+    let selected = args.selection.apply(&plan)?;
+    print(&resolved, &selected.plan, &store, args)?;
+    if selected.plan.is_cached() && store.layout().state().is_dir() {
+        question.iter().for_each(|question| question.remember(&resolved, &selected, &store));
+    }
     Ok(Exit::Done)
+}
+
+/// Returns the text of a plan that was asked for before in the same words and has not changed.
+fn settled(question: &Question, args: &PlanArgs) -> Option<String> {
+    let layout = match &args.artifacts {
+        Some(folder) => artifacts_layout(Some(folder)).ok()?,
+        None => Layout::new(question.root().join("artifacts")),
+    };
+    let hashes = FileHashes::open(question.root().to_owned(), layout.state().join("external.json"));
+    question.look_up(&ArtifactStore::open(layout), &hashes)?.text
 }
 
 /// Prints a plan, or the chosen part of one.

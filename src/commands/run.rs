@@ -12,14 +12,15 @@ use tokio::sync::mpsc;
 use super::opening::{Opened, changed_results, entry, open_run, save_environment};
 use super::plan::PlanArgs;
 use super::selection::{Selected, Selection};
+use super::settled::Question;
 use super::summary::summarise;
-use super::{Overriding, detach, load_or_report, results_of};
+use super::{Overriding, detach, idle, load_or_report, results_of};
 use crate::cli::{Exit, Wrong};
 use crate::environment::{self, Captured};
 use crate::exec::LocalExecutor;
 use crate::plan::{Missing, Plan, PlannedNode, Verdict};
 use crate::progress;
-use crate::progress::format::now_ms;
+use crate::progress::format::{count, now_ms};
 use crate::run::driver::{self, Driver};
 use crate::run::event::RunResult;
 use crate::run::scheduler::{Rules, Scheduler};
@@ -28,6 +29,8 @@ use crate::store::index::RunIndex;
 use crate::store::lock::{Holder, Lock};
 use crate::store::{ArtifactStore, FileHashes, Layout};
 
+/// Nodes up to which every run ends with a new report.
+const MAX_REPORTED_NODES: usize = 2000;
 /// Results that are sealed at a time.
 const NUM_SEALERS: usize = 4;
 
@@ -101,10 +104,7 @@ pub struct How {
 /// # Errors
 /// When the run cannot be carried out; a failed node is no error but [`Exit::Failed`].
 pub fn run(args: &RunArgs) -> Result<Exit> {
-    match load_or_report(&args.pipeline, &args.overriding, false) {
-        Some(resolved) => start(resolved, &args.how, &args.selection),
-        None => Ok(Exit::Wrong),
-    }
+    load_and_start(&args.pipeline, false, (&args.overriding, &args.how, &args.selection))
 }
 
 /// Runs all variants of an experiment as one plan.
@@ -112,17 +112,59 @@ pub fn run(args: &RunArgs) -> Result<Exit> {
 /// # Errors
 /// As for [`run`].
 pub fn sweep(args: &SweepArgs) -> Result<Exit> {
-    match load_or_report(&args.experiment, &args.overriding, true) {
-        Some(resolved) => start(resolved, &args.how, &args.selection),
+    load_and_start(&args.experiment, true, (&args.overriding, &args.how, &args.selection))
+}
+
+fn load_and_start(
+    file: &Path,
+    is_sweep: bool,
+    (overriding, how, selection): (&Overriding, &How, &Selection),
+) -> Result<Exit> {
+    let is_plain = !how.dry_run && !how.detach && how.detached.is_none();
+    let question = Question::new(file, overriding, selection, is_sweep).filter(|_| is_plain);
+    if let Some(question) = &question
+        && let Some(exit) = answer_settled(question, how)?
+    {
+        return Ok(exit);
+    }
+    match load_or_report(file, overriding, is_sweep) {
+        Some(resolved) => start_asked(resolved, how, selection, question.as_ref()),
         None => Ok(Exit::Wrong),
     }
+}
+
+/// Tells what an earlier run came to, when the very same question found every result sealed and nothing has changed.
+fn answer_settled(question: &Question, how: &How) -> Result<Option<Exit>> {
+    let begun_ms = now_ms();
+    let folder = how.artifacts.clone().unwrap_or_else(|| question.root().join("artifacts"));
+    // Where nothing ever ran nothing is settled, and no folder is made.
+    let Ok(folder) = folder.canonicalize() else { return Ok(None) };
+    let layout = Layout::new(folder);
+    if !layout.state().is_dir() {
+        return Ok(None);
+    }
+    let holder = Holder { pid: std::process::id(), host: environment::host(), since_ms: begun_ms };
+    let _lock = Lock::take(&layout.state().join("lock"), &holder)?;
+    let store = ArtifactStore::open(layout.clone());
+    let hashes = FileHashes::open(question.root().to_owned(), layout.state().join("external.json"));
+    let summary = question.look_up(&store, &hashes).and_then(|settled| idle::of_settled(&settled, &layout));
+    let Some(mut summary) = summary else { return Ok(None) };
+    let mut progress = progress::choose(how.json, how.quiet);
+    progress.begin(summary.num_cached);
+    summary.seconds = now_ms().saturating_sub(begun_ms) as f64 / 1000.0;
+    progress.summary(&summary);
+    Ok(Some(Exit::Done))
 }
 
 /// Shows, detaches or executes, as asked for.
 ///
 /// # Errors
 /// As for [`run`].
-pub fn start(mut resolved: Resolved, how: &How, selection: &Selection) -> Result<Exit> {
+pub fn start(resolved: Resolved, how: &How, selection: &Selection) -> Result<Exit> {
+    start_asked(resolved, how, selection, None)
+}
+
+fn start_asked(mut resolved: Resolved, how: &How, selection: &Selection, question: Option<&Question>) -> Result<Exit> {
     if how.keep_going || how.fail_fast {
         resolved.keep_going = how.keep_going;
     }
@@ -139,14 +181,15 @@ pub fn start(mut resolved: Resolved, how: &How, selection: &Selection) -> Result
     if how.detached.is_some() {
         detach::leave_terminal();
     }
-    execute(&resolved, how, selection)
+    execute(&resolved, how, selection, question)
 }
 
-/// Runs what was loaded, the chosen part of it: plan, open or continue a run, drive it, report.
+/// Runs what was loaded, the chosen part of it: plan, open or continue a run, drive it, report. Once all of it is done,
+/// that is remembered as the answer to `question`.
 ///
 /// # Errors
 /// As for [`run`].
-pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<Exit> {
+fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Option<&Question>) -> Result<Exit> {
     let begun_ms = now_ms();
     let layout = artifacts_of(resolved, how)?;
     let holder = Holder { pid: std::process::id(), host: environment::host(), since_ms: begun_ms };
@@ -165,12 +208,20 @@ pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<
         true => environment::capture(&resolved.root, worker.as_deref(), &hashes),
         false => Captured::default(),
     };
-    if let Err(error) = hashes.save() {
-        tracing::warn!(%error, "hashes of external files will be computed again next time");
-    }
+    hashes.remember();
 
     let mut progress = progress::choose(how.json, how.quiet);
     progress.begin(selected.plan.nodes.len());
+    // A detached child owes its parent the name of a run of its own.
+    if how.detached.is_none()
+        && let Some(mut summary) = idle::finished(resolved, &selected, &store)
+    {
+        question.iter().for_each(|question| question.remember(resolved, &selected, &store));
+        store.save_memory();
+        summary.seconds = now_ms().saturating_sub(begun_ms) as f64 / 1000.0;
+        progress.summary(&summary);
+        return Ok(Exit::Done);
+    }
     let Opened { recorder, rows } = open_run(resolved, &mut selected, &layout, &holder, progress.as_mut())?;
     if let Some(log) = &how.detached {
         detach::tell_parent(log, recorder.run_dir())?;
@@ -193,6 +244,7 @@ pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<
     let executor = LocalExecutor::new(worker.unwrap_or_default(), layout.jobs(), holder.host.clone(), reports_in);
     let driver = Driver {
         plan,
+        store: &store,
         root: resolved.root.clone(),
         layout: layout.clone(),
         scheduler,
@@ -212,8 +264,18 @@ pub fn execute(resolved: &Resolved, how: &How, selection: &Selection) -> Result<
         .build()
         .context("cannot start a runtime")?;
     let (result, _, recorder) = runtime.block_on(driver.drive())?;
+    if result == RunResult::Done {
+        question.iter().for_each(|question| question.remember(resolved, &selected, &store));
+    }
+    store.save_memory();
     changed_results(&selected, &store).iter().for_each(|line| progress.note(line));
-    let report = write_report(recorder.run_dir(), &store);
+    let report = match plan.nodes.len() {
+        0..=MAX_REPORTED_NODES => write_report(recorder.run_dir(), &store),
+        num => {
+            progress.note(&format!("a report of {} takes long: `deepgen report` makes it", count(num, "node")));
+            None
+        }
+    };
     let mut summary = summarise(&RunIndex::of(plan), recorder.view(), &store, recorder.run_dir());
     summary.seconds = now_ms().saturating_sub(begun_ms) as f64 / 1000.0;
     summary.report = report;

@@ -28,7 +28,7 @@ pub fn summarise(index: &RunIndex, view: &RunView, store: &ArtifactStore, run_di
             NodeState::Done { origin: Origin::Ran { .. } } => summary.num_ran += 1,
             NodeState::Done { .. } => {
                 summary.num_cached += 1;
-                summary.saved_seconds += store.manifest(fingerprint).map_or(0.0, |made| made.run_seconds);
+                summary.saved_seconds += store.result(fingerprint).map_or(0.0, |made| made.run_seconds);
             }
             NodeState::Failed { failure, .. } => {
                 summary.num_failed += 1;

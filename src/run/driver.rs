@@ -9,7 +9,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use deepgen_contract::artifact::Environment;
+use deepgen_contract::artifact::{Environment, Manifest};
 use deepgen_contract::id::NodeName;
 use deepgen_contract::job::{FailureCause, JOB_VERSION, JobInput, JobRemedies, JobSpec};
 use deepgen_contract::stage::StageKind;
@@ -26,7 +26,7 @@ use crate::plan::{Plan, PlannedNode};
 use crate::progress::Progress;
 use crate::progress::format::now_ms;
 use crate::store::state::StateError;
-use crate::store::{Layout, Recorder, layout};
+use crate::store::{ArtifactStore, Layout, Recorder, layout};
 
 /// Time between two looks at the clock: retries and drawing.
 const TICK: Duration = Duration::from_millis(200);
@@ -46,6 +46,8 @@ pub enum DriveError {
 pub struct Driver<'a> {
     /// The plan.
     pub plan: &'a Plan,
+    /// Who remembers what is sealed.
+    pub store: &'a ArtifactStore,
     /// Project folder, absolute.
     pub root: PathBuf,
     /// Where things lie; its root is absolute.
@@ -71,7 +73,7 @@ pub struct Driver<'a> {
 }
 
 /// The result of sealing in the background.
-type Sealed = (NodeName, u32, Result<(), String>);
+type Sealed = (NodeName, u32, Result<Manifest, String>);
 
 impl Driver<'_> {
     /// Runs the plan to its end and returns how it ended, with the scheduler and the recorder in their last state.
@@ -93,7 +95,7 @@ impl Driver<'_> {
                     None
                 }
                 Some(report) = self.reports.recv() => self.hear(report),
-                Some(sealed) = seals.recv() => Some(after_sealing(sealed)),
+                Some(sealed) = seals.recv() => Some(self.after_sealing(sealed)),
                 _ = interrupt.recv() => Some(self.stop()),
                 _ = terminate.recv() => Some(self.stop()),
                 _ = hangup.recv() => self.hang_up(),
@@ -105,7 +107,7 @@ impl Driver<'_> {
             // Whatever else has happened meanwhile is written down together with it.
             let mut events: Vec<Event> = event.into_iter().collect();
             while let Ok(sealed) = seals.try_recv() {
-                events.push(after_sealing(sealed));
+                events.push(self.after_sealing(sealed));
             }
             while let Ok(report) = self.reports.try_recv() {
                 events.extend(self.hear(report));
@@ -233,10 +235,24 @@ impl Driver<'_> {
         let link = self.recorder.run_dir().join(layout::NODES_DIR);
         tokio::task::spawn_blocking(move || {
             let fingerprint = sealing.node.fingerprint;
-            let sealed = sealing.run().map(|_| link_node(&link, &node, &fingerprint.to_string()));
+            let sealed = sealing.run().inspect(|_| link_node(&link, &node, &fingerprint.to_string()));
             // The loop ends only after every sealing has reported.
             let _ = seals.send((node, attempt, sealed.map_err(|error| error.to_string())));
         });
+    }
+
+    fn after_sealing(&self, (node, attempt, sealed): Sealed) -> Event {
+        match sealed {
+            Ok(manifest) => {
+                self.store.remember(&manifest);
+                Event::Sealed { node, attempt }
+            }
+            Err(message) => {
+                let failure =
+                    Failure { cause: FailureCause::Io, message: format!("its result cannot be sealed: {message}") };
+                Event::Ended { node, attempt, ended: Ended::Failed(failure) }
+            }
+        }
     }
 
     fn planned(&self, node: &NodeName) -> &PlannedNode {
@@ -292,17 +308,6 @@ fn on_own_gpu(job: &JobSpec) -> String {
     match given.filter(|_| matches!(job.device.as_str(), "cuda" | "wgpu")) {
         Some(id) => format!("{}:{id}", job.device),
         None => job.device.clone(),
-    }
-}
-
-fn after_sealing((node, attempt, sealed): Sealed) -> Event {
-    match sealed {
-        Ok(()) => Event::Sealed { node, attempt },
-        Err(message) => {
-            let failure =
-                Failure { cause: FailureCause::Io, message: format!("its result cannot be sealed: {message}") };
-            Event::Ended { node, attempt, ended: Ended::Failed(failure) }
-        }
     }
 }
 

@@ -16,8 +16,11 @@ use deepgen_contract::id::{Fingerprint, NodeName};
 use super::accepted;
 use super::external::{hash_file, hash_reader};
 use super::layout::Layout;
+use super::sealed::{SealedMemory, SealedResult};
 use crate::plan::{Known, NodeRecord};
 
+/// Name of the memory of manifests in the state folder.
+const MEMORY_FILE: &str = "sealed.json";
 /// Files of this size are synced one by one.
 const LARGE_BYTES: u64 = 1 << 20;
 
@@ -60,8 +63,10 @@ pub enum ArtifactError {
 #[derive(Debug)]
 pub struct ArtifactStore {
     layout: Layout,
-    /// Newest sealed result of each node; read on first use, because only a node that must run asks for it.
-    latest: OnceCell<BTreeMap<NodeName, Manifest>>,
+    /// What manifests say that were read before.
+    memory: SealedMemory,
+    /// Newest sealed result of each node; looked up on first use, because only a node that must run asks for it.
+    latest: OnceCell<BTreeMap<NodeName, Fingerprint>>,
     /// What people accepted, by the identity that it stands for; read on first use.
     accepted: OnceCell<BTreeMap<Fingerprint, Fingerprint>>,
 }
@@ -69,7 +74,8 @@ pub struct ArtifactStore {
 impl ArtifactStore {
     /// Returns the store of an artifacts folder, which need not exist.
     pub fn open(layout: Layout) -> Self {
-        Self { layout, latest: OnceCell::new(), accepted: OnceCell::new() }
+        let memory = SealedMemory::open(layout.state().join(MEMORY_FILE));
+        Self { layout, memory, latest: OnceCell::new(), accepted: OnceCell::new() }
     }
 
     /// Returns where things lie.
@@ -128,28 +134,59 @@ impl ArtifactStore {
         found
     }
 
-    fn latest_manifests(&self) -> &BTreeMap<NodeName, Manifest> {
+    /// Returns what is known of every sealed result; a folder without a readable manifest is none.
+    pub fn results(&self) -> Vec<(Fingerprint, SealedResult)> {
+        let known = |fingerprint: Fingerprint| Some((fingerprint, self.result(&fingerprint)?));
+        self.fingerprints().into_iter().filter_map(known).collect()
+    }
+
+    /// Returns what is known of a sealed result, from memory or from its manifest; its files are not looked at.
+    pub fn result(&self, fingerprint: &Fingerprint) -> Option<SealedResult> {
+        let folder = self.path(fingerprint);
+        self.memory.get(fingerprint, &folder).or_else(|| {
+            self.memory.remember(&read_manifest(&folder).ok()?, &folder);
+            self.memory.get(fingerprint, &folder)
+        })
+    }
+
+    /// Takes in what was just sealed, so that the next plan need not read it.
+    pub fn remember(&self, manifest: &Manifest) {
+        self.memory.remember(manifest, &self.path(&manifest.fingerprint));
+    }
+
+    /// Writes what was learnt of manifests; a memory that cannot be written costs time and nothing else.
+    pub fn save_memory(&self) {
+        if let Err(error) = self.memory.save(|fingerprint| self.path(fingerprint).is_dir()) {
+            tracing::warn!(%error, "manifests will be read again next time");
+        }
+    }
+
+    fn latest_results(&self) -> &BTreeMap<NodeName, Fingerprint> {
         self.latest.get_or_init(|| {
-            let mut latest: BTreeMap<NodeName, Manifest> = BTreeMap::new();
-            for fingerprint in self.fingerprints() {
-                // A folder without a readable manifest explains nothing.
-                let Ok(manifest) = read_manifest(&self.path(&fingerprint)) else { continue };
+            let mut latest: BTreeMap<NodeName, ((bool, u64), Fingerprint)> = BTreeMap::new();
+            for (fingerprint, result) in self.results() {
                 // A smoke test is compared with only where there is no real result.
-                let rank = |manifest: &Manifest| (!manifest.is_smoke, manifest.sealed_ms);
-                match latest.get(&manifest.node) {
-                    Some(other) if rank(other) >= rank(&manifest) => {}
-                    _ => drop(latest.insert(manifest.node.clone(), manifest)),
+                let rank = (!result.is_smoke, result.sealed_ms);
+                match latest.get(&result.node) {
+                    Some((other, _)) if *other >= rank => {}
+                    _ => drop(latest.insert(result.node, (rank, fingerprint))),
                 }
             }
-            latest
+            latest.into_iter().map(|(node, (_, fingerprint))| (node, fingerprint)).collect()
         })
     }
 }
 
 impl Known for ArtifactStore {
     fn is_sealed(&self, fingerprint: &Fingerprint) -> bool {
+        if self.memory.verifies(fingerprint, &self.path(fingerprint)) {
+            return true;
+        }
         match self.manifest(fingerprint) {
-            Ok(_) => true,
+            Ok(manifest) => {
+                self.remember(&manifest);
+                true
+            }
             Err(error) => {
                 if self.path(fingerprint).exists() {
                     tracing::warn!(fingerprint = fingerprint.short(), %error, "an artifact does not verify");
@@ -170,16 +207,17 @@ impl Known for ArtifactStore {
     fn latest(&self, node: &NodeName) -> Option<NodeRecord> {
         // `sft@variant` of a sweep is compared with `sft` when the variant itself never ran.
         let plain = node.0.rsplit_once('@').map(|(plain, _)| NodeName(plain.to_owned()));
-        let latest = self.latest_manifests();
-        let manifest = latest.get(node).or_else(|| latest.get(&plain?))?;
+        let latest = self.latest_results();
+        let fingerprint = latest.get(node).or_else(|| latest.get(&plain?))?;
+        let manifest = read_manifest(&self.path(fingerprint)).ok()?;
         Some(NodeRecord {
             fingerprint: manifest.fingerprint,
             stage_kind: manifest.stage_kind,
             code_version: manifest.code_version,
             seed: manifest.seed,
             settings: manifest.settings.get("settings").cloned().unwrap_or_default(),
-            inputs: manifest.inputs.clone(),
-            content: manifest.content.clone(),
+            inputs: manifest.inputs,
+            content: manifest.content,
         })
     }
 }

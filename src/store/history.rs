@@ -2,8 +2,8 @@
 //!
 //! Reads manifests only; which record a node is compared with is decided by [`crate::plan::Costs`].
 
-use std::fs;
-use std::time::SystemTime;
+use std::cmp::Reverse;
+use std::collections::HashMap;
 
 use deepgen_contract::id::Fingerprint;
 use deepgen_contract::settings::Settings;
@@ -11,19 +11,20 @@ use deepgen_contract::settings::Settings;
 use super::ArtifactStore;
 use crate::plan::{PastJob, PastResult, Work, past_jobs};
 
-/// Newest results that are looked at; enough to know every stage of a project, and soon read.
-const MAX_RESULTS: usize = 1000;
+/// Newest results of each stage that are looked at: enough to find one with a like amount of work, and soon read.
+const MAX_RESULTS_PER_STAGE: usize = 32;
 
-/// Returns the newest sealed results whose settings are of this program's types.
+/// Returns the newest sealed results of each stage whose settings are of this program's types, the newest first.
 pub fn read(store: &ArtifactStore) -> Vec<PastJob> {
-    let modified = |fingerprint: &Fingerprint| {
-        fs::metadata(store.path(fingerprint)).and_then(|folder| folder.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
-    };
-    let mut all: Vec<(SystemTime, Fingerprint)> =
-        store.fingerprints().into_iter().map(|fingerprint| (modified(&fingerprint), fingerprint)).collect();
-    all.sort_by(|a, b| b.cmp(a));
-    all.truncate(MAX_RESULTS);
-    past_jobs(all.into_iter().filter_map(|(_, fingerprint)| past_result(store, fingerprint)).collect())
+    let mut all = store.results();
+    all.sort_by_key(|(fingerprint, result)| (Reverse(result.sealed_ms), *fingerprint));
+    let mut seen: HashMap<String, usize> = HashMap::new();
+    all.retain(|(_, result)| {
+        let seen = seen.entry(result.stage.clone()).or_default();
+        *seen += 1;
+        *seen <= MAX_RESULTS_PER_STAGE
+    });
+    past_jobs(all.into_iter().filter_map(|(fingerprint, _)| past_result(store, fingerprint)).collect())
 }
 
 fn past_result(store: &ArtifactStore, fingerprint: Fingerprint) -> Option<(Fingerprint, PastResult)> {

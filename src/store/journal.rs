@@ -5,7 +5,7 @@
 //! anywhere else is an error, because it cannot come from a crash.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -116,11 +116,18 @@ pub fn read(path: &Path) -> Result<Reading, JournalError> {
     Ok(reading)
 }
 
-/// Returns the number of the last complete line, reading only the end of the file; 0 when there is none.
+/// Returns the first line of a journal, reading no more; nothing when it is not complete or damaged.
+pub fn first(path: &Path) -> Option<JournalRecord> {
+    let mut line = Vec::new();
+    BufReader::new(File::open(path).ok()?).read_until(b'\n', &mut line).ok()?;
+    Some(decode(line.strip_suffix(b"\n")?).ok()?.0)
+}
+
+/// Returns the last complete line, reading only the end of the file; nothing when no line is complete.
 ///
 /// # Errors
 /// When it cannot be read or that line is damaged.
-pub fn last_seq(path: &Path) -> Result<u64, JournalError> {
+pub fn last(path: &Path) -> Result<Option<JournalRecord>, JournalError> {
     let io = |source| JournalError::Io { path: path.to_owned(), source };
     let mut file = File::open(path).map_err(io)?;
     let length = file.metadata().map_err(io)?.len();
@@ -128,20 +135,17 @@ pub fn last_seq(path: &Path) -> Result<u64, JournalError> {
     file.seek(SeekFrom::Start(start)).map_err(io)?;
     let mut tail = Vec::new();
     file.read_to_end(&mut tail).map_err(io)?;
+    // The full reading finds a line that is longer than the tail, and names a damaged one.
+    let carefully = || read(path).map(|mut all| all.records.pop());
     let Some(end) = tail.iter().rposition(|&byte| byte == b'\n') else {
-        // Either no line is complete, or one is longer than the tail.
-        return if start == 0 { Ok(0) } else { read(path).map(|all| all.records.len() as u64) };
+        return if start == 0 { Ok(None) } else { carefully() };
     };
     let line = match tail[..end].iter().rposition(|&byte| byte == b'\n') {
         Some(before) => &tail[before + 1..end],
         None if start == 0 => &tail[..end],
-        None => return read(path).map(|all| all.records.len() as u64),
+        None => return carefully(),
     };
-    match decode(line) {
-        Ok((record, _)) => Ok(record.seq),
-        // The full reading names the damaged line.
-        Err(_) => read(path).map(|all| all.records.len() as u64),
-    }
+    decode(line).map_or_else(|_| carefully(), |(record, _)| Ok(Some(record)))
 }
 
 /// An open journal: appends lines and makes them durable.
@@ -272,7 +276,8 @@ mod tests {
         assert_eq!(reading.records[1].event, resumed(2));
         assert_eq!(reading.records[2].ts_ms, 20);
         assert!(!reading.is_torn);
-        assert_eq!(last_seq(&path).unwrap(), 3);
+        assert_eq!(last(&path).unwrap().as_ref(), reading.records.last());
+        assert_eq!(first(&path).as_ref(), reading.records.first());
     }
 
     #[test]
@@ -280,7 +285,7 @@ mod tests {
         let (_dir, path) = journal();
         let whole = std::fs::read(&path).unwrap();
         std::fs::write(&path, &whole[..whole.len() - 9]).unwrap();
-        assert_eq!(last_seq(&path).unwrap(), 2);
+        assert_eq!(last(&path).unwrap().unwrap().event, resumed(2));
         assert!(read(&path).unwrap().is_torn);
         let mut journal = Journal::open(&path).unwrap();
         assert_eq!(journal.seq(), 2);

@@ -15,6 +15,7 @@ pub mod lock;
 pub mod recorder;
 pub mod runs;
 pub mod saved;
+pub mod sealed;
 pub mod state;
 pub mod tail;
 

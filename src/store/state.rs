@@ -310,9 +310,8 @@ fn node_key(run: &str, node: &NodeName) -> Vec<u8> {
 fn journal_tails(layout: &Layout) -> Result<BTreeMap<String, u64>, StateError> {
     let mut tails = BTreeMap::new();
     for run in runs::list(layout) {
-        let seq = journal::last_seq(&layout.run(&run).join(JOURNAL_FILE))?;
-        if seq > 0 {
-            tails.insert(run, seq);
+        if let Some(last) = journal::last(&layout.run(&run).join(JOURNAL_FILE))? {
+            tails.insert(run, last.seq);
         }
     }
     Ok(tails)
