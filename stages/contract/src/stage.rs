@@ -162,6 +162,8 @@ impl StageKind {
         match self {
             // 2: the shapes world's `clip_sim` became continuous.
             Self::Rl => 2,
+            // 2: the gradients of its convolutions' weights are summed in another order.
+            Self::BaseVae => 2,
             _ => 1,
         }
     }

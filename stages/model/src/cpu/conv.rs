@@ -1,12 +1,14 @@
 //! Convolution, and nearest-neighbour doubling of the side.
 //!
-//! The common kind (3x3, stride 1) runs in `direct` where the processor allows it; others, and all of them elsewhere, by
-//! unfolding a band of output rows at a time.
+//! The common kind (3x3, stride 1) runs in `direct` where the processor allows it, and the gradient of every 3x3 weight in
+//! `conv_weight`; others, and all of them elsewhere, by unfolding a band of output rows at a time.
 
 use std::cell::RefCell;
 
 use burn::backend::flex::FlexTensor;
 
+#[cfg(target_arch = "x86_64")]
+use super::conv_weight;
 use super::linear::{Matrix, matmul};
 use super::simd::{kernel, sum};
 use super::{HostOp, add_up, array, dims, for_chunks, map_range, unwritten, values};
@@ -90,6 +92,14 @@ impl Sizes {
             return Some([self.c, self.h, self.w, self.o]);
         }
         None
+    }
+
+    /// The sizes for `conv_weight`, if it can take this convolution.
+    #[cfg(target_arch = "x86_64")]
+    fn weight_shape(&self, batch: usize) -> Option<conv_weight::Shape> {
+        let &Self { c, h, w, o, kernel, stride, padding, out_h, out_w } = self;
+        let can = kernel == 3 && super::direct::is_available();
+        can.then_some(conv_weight::Shape { batch, c, h, w, o, out_h, out_w, stride, padding })
     }
 
     /// Calls `f` with the first row and the number of rows of each band of output rows.
@@ -261,20 +271,23 @@ impl HostOp<3> for Conv {
         let sizes = Sizes::of(self, x, weight);
         let (input, weight_values, grad) = (values(x), values(weight), values(grad));
         let batch = dims(x)[0];
-        #[cfg(target_arch = "x86_64")]
-        if let Some(direct) = sizes.direct() {
-            let d_x = needs[0].then(|| array(super::direct::input_gradient(grad, direct, weight_values), dims(x)));
-            let d_weight = needs[1].then(|| array(super::direct::weight_gradient(input, direct, grad), dims(weight)));
-            return [d_x, d_weight, needs[2].then(|| array(bias_grad(grad, &sizes), dims(bias)))];
-        }
         let one = |b: usize| {
             (&input[b * sizes.input()..(b + 1) * sizes.input()], &grad[b * sizes.output()..(b + 1) * sizes.output()])
         };
         let d_x = needs[0].then(|| {
+            #[cfg(target_arch = "x86_64")]
+            if let Some(direct) = sizes.direct() {
+                return array(super::direct::input_gradient(grad, direct, weight_values), dims(x));
+            }
             let mut d_x = vec![0.0; input.len()];
             for_chunks(&mut d_x, sizes.input(), |b, d_x| sizes.input_grad_one(weight_values, one(b).1, d_x));
             array(d_x, dims(x))
         });
+        #[cfg(target_arch = "x86_64")]
+        if let Some(shape) = sizes.weight_shape(batch) {
+            let d_weight = needs[1].then(|| array(conv_weight::weight_gradient(input, grad, shape), dims(weight)));
+            return [d_x, d_weight, needs[2].then(|| array(bias_grad(grad, &sizes), dims(bias)))];
+        }
         let per_piece = batch.div_ceil(NUM_PIECES).max(1);
         let (mut d_weights, mut d_biases) = (Vec::new(), Vec::new());
         if needs[1] || needs[2] {
@@ -361,34 +374,66 @@ mod tests {
         if !super::super::direct::is_available() {
             return;
         }
-        for [b, c, o, h, w] in
-            [[2, 3, 16, 8, 8], [1, 5, 7, 5, 16], [3, 4, 3, 9, 33], [2, 6, 13, 1, 1], [1, 2, 6, 3, 64]]
-        {
-            let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
-            let (x, weight) = (draw("x", b * c * h * w), draw("weight", o * c * 9));
-            let (bias, grad) = (draw("bias", o), draw("grad", b * o * h * w));
-            let sizes = Sizes { c, h, w, o, kernel: 3, stride: 1, padding: 1, out_h: h, out_w: w };
-            let (mut y, mut d_x) = (vec![0.0; b * o * h * w], vec![0.0; x.len()]);
-            let mut d_weight = vec![0.0; weight.len()];
-            for i in 0..b {
-                let (x, grad) = (&x[i * c * h * w..][..c * h * w], &grad[i * o * h * w..][..o * h * w]);
-                sizes.forward_one(x, &weight, &bias, &mut y[i * o * h * w..][..o * h * w]);
-                sizes.input_grad_one(&weight, grad, &mut d_x[i * c * h * w..][..c * h * w]);
-                sizes.weight_grad_one(x, grad, &mut d_weight);
-            }
-            let direct = [c, h, w, o];
-            let pairs = [
-                ("value", super::super::direct::forward(&x, direct, &weight, &bias), y),
-                ("input", super::super::direct::input_gradient(&grad, direct, &weight), d_x),
-                ("weight", super::super::direct::weight_gradient(&x, direct, &grad), d_weight),
-            ];
-            for (what, ours, expected) in pairs {
-                let scale = expected.iter().fold(1f32, |top, value| top.max(value.abs()));
-                assert_eq!(ours.len(), expected.len());
-                for (a, b) in ours.iter().zip(&expected) {
-                    assert!((a - b).abs() <= 2e-5 * scale, "{what} of {b}x{c}x{h}x{w}: {a} is not {b}");
+        let sizes = [
+            [2, 3, 16, 8, 8],
+            [1, 5, 7, 5, 16],
+            [3, 4, 3, 9, 33],
+            [2, 6, 13, 1, 1],
+            [1, 2, 6, 3, 64],
+            [2, 9, 70, 4, 7],
+        ];
+        for [b, c, o, h, w] in sizes {
+            for (stride, padding) in [(1, 1), (1, 0), (2, 0), (2, 1)] {
+                if h + 2 * padding < 3 || w + 2 * padding < 3 {
+                    continue;
                 }
+                let side = |side: usize| (side + 2 * padding - 3) / stride + 1;
+                let sizes = Sizes { c, h, w, o, kernel: 3, stride, padding, out_h: side(h), out_w: side(w) };
+                compare(b, sizes);
             }
         }
+    }
+
+    fn compare(b: usize, sizes: Sizes) {
+        let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
+        let (x, weight) = (draw("x", b * sizes.input()), draw("weight", sizes.o * sizes.taps()));
+        let (bias, grad) = (draw("bias", sizes.o), draw("grad", b * sizes.output()));
+        let (mut y, mut d_x) = (vec![0.0; grad.len()], vec![0.0; x.len()]);
+        let mut d_weight = vec![0.0; weight.len()];
+        for i in 0..b {
+            let (x, grad) = (&x[i * sizes.input()..][..sizes.input()], &grad[i * sizes.output()..][..sizes.output()]);
+            sizes.forward_one(x, &weight, &bias, &mut y[i * sizes.output()..][..sizes.output()]);
+            sizes.input_grad_one(&weight, grad, &mut d_x[i * sizes.input()..][..sizes.input()]);
+            sizes.weight_grad_one(x, grad, &mut d_weight);
+        }
+        let ours = conv_weight::weight_gradient(&x, &grad, sizes.weight_shape(b).unwrap());
+        let mut pairs = vec![("weight", ours, d_weight)];
+        if let Some(direct) = sizes.direct() {
+            pairs.push(("value", super::super::direct::forward(&x, direct, &weight, &bias), y));
+            pairs.push(("input", super::super::direct::input_gradient(&grad, direct, &weight), d_x));
+        }
+        for (what, ours, expected) in pairs {
+            let scale = expected.iter().fold(1f32, |top, value| top.max(value.abs()));
+            assert_eq!(ours.len(), expected.len());
+            for (a, b) in ours.iter().zip(&expected) {
+                let Sizes { c, h, w, o, stride, padding, .. } = sizes;
+                let at = format!("{what} of {c}x{h}x{w} to {o}, stride {stride}, padding {padding}");
+                assert!((a - b).abs() <= 2e-5 * scale, "{at}: {a} is not {b}");
+            }
+        }
+    }
+
+    /// The order of a sum must not depend on who adds it up.
+    #[test]
+    fn gradients_of_weights_are_the_same_for_any_number_of_threads() {
+        let sizes = Sizes { c: 20, h: 33, w: 33, o: 40, kernel: 3, stride: 1, padding: 1, out_h: 33, out_w: 33 };
+        let Some(shape) = sizes.weight_shape(2) else { return };
+        let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
+        let (x, grad) = (draw("x", 2 * sizes.input()), draw("grad", 2 * sizes.output()));
+        let with = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| conv_weight::weight_gradient(&x, &grad, shape))
+        };
+        assert!(with(1) == with(3));
     }
 }

@@ -6,23 +6,19 @@
 // Sums in registers are written as index loops over small constant ranges, which unroll completely.
 #![allow(clippy::needless_range_loop)]
 
-use std::arch::x86_64::{
-    __m512, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_reduce_add_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
-};
+use std::arch::x86_64::{_mm512_fmadd_ps, _mm512_loadu_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps};
 
 use rayon::prelude::*;
 
 use super::{for_chunks, unwritten};
 
 /// Elements of a vector.
-const VECTOR: usize = 16;
+pub(super) const VECTOR: usize = 16;
 /// Output channels of a tile.
 const CHANNELS: usize = 6;
 /// Vectors of pixels of a tile: with [`CHANNELS`], 24 sums in the 32 registers.
 const VECTORS: usize = 4;
-const TAPS: usize = 9;
-/// Taps of a row of the kernel: a tile of the weight's gradient is one such row of [`CHANNELS`] output channels.
-const ROW: usize = 3;
+pub(super) const TAPS: usize = 9;
 /// Pieces of work that a small batch is cut into.
 const MIN_PIECES: usize = 4;
 
@@ -81,25 +77,27 @@ impl Plan {
     fn plane(&self) -> usize {
         (self.h + 2) * self.pitch()
     }
+}
 
-    /// Surrounds planes by zeros; a vector behind the last one may be read.
-    fn pad(&self, x: &[f32]) -> Vec<f32> {
-        let (h, w, pitch, plane) = (self.h, self.w, self.pitch(), self.plane());
-        let count = x.len() / (h * w);
-        let mut out = unwritten(count * plane + VECTOR);
-        let (planes, slack) = out.split_at_mut(count * plane);
-        slack.fill(0.0);
-        for_chunks(planes, plane, |i, out| {
-            let x = &x[i * h * w..(i + 1) * h * w];
-            out[..pitch].fill(0.0);
-            out[(h + 1) * pitch..].fill(0.0);
-            for (x, out) in x.chunks_exact(w).zip(out[pitch..].chunks_exact_mut(pitch)) {
-                (out[0], out[w + 1]) = (0.0, 0.0);
-                out[1..=w].copy_from_slice(x);
-            }
-        });
-        out
-    }
+/// Surrounds planes of h x w by `padding` zeros; a vector behind the last plane may be read.
+pub(super) fn pad(x: &[f32], [h, w]: [usize; 2], padding: usize) -> Vec<f32> {
+    let pitch = w + 2 * padding;
+    let plane = (h + 2 * padding) * pitch;
+    let count = x.len() / (h * w);
+    let mut out = unwritten(count * plane + VECTOR);
+    let (planes, slack) = out.split_at_mut(count * plane);
+    slack.fill(0.0);
+    for_chunks(planes, plane, |i, out| {
+        let x = &x[i * h * w..(i + 1) * h * w];
+        out[..padding * pitch].fill(0.0);
+        out[(h + padding) * pitch..].fill(0.0);
+        for (x, out) in x.chunks_exact(w).zip(out[padding * pitch..].chunks_exact_mut(pitch)) {
+            out[..padding].fill(0.0);
+            out[padding..padding + w].copy_from_slice(x);
+            out[padding + w..].fill(0.0);
+        }
+    });
+    out
 }
 
 /// Weights in the order in which tiles read them: per tile of outputs [inputs * 9, outputs of a tile].
@@ -129,7 +127,7 @@ pub(super) fn input_gradient(grad: &[f32], [c, h, w, o]: [usize; 4], weight: &[f
 
 fn convolve(x: &[f32], [c, h, w, o]: [usize; 4], packed: &[f32], bias: &[f32]) -> Vec<f32> {
     let plan = Plan::new(h, w);
-    let padded = plan.pad(x);
+    let padded = pad(x, [h, w], 1);
     let batch = x.len() / (c * h * w);
     let mut out = unwritten(batch * o * h * w);
     let tiles = o.div_ceil(CHANNELS).div_ceil(MIN_PIECES.div_ceil(batch.max(1)));
@@ -244,125 +242,4 @@ unsafe fn tile<const R: usize, const V: usize>(call: &Call, out: &mut [[[f32; VE
             unsafe { _mm512_storeu_ps(out[r][v].as_mut_ptr(), sums[r][v]) };
         }
     }
-}
-
-/// Returns the gradient [o, c, 3, 3] of the weight.
-pub(super) fn weight_gradient(x: &[f32], [c, h, w, o]: [usize; 4], grad: &[f32]) -> Vec<f32> {
-    let plan = Plan::new(h, w);
-    let batch = x.len() / (c * h * w);
-    let padded = plan.pad(x);
-    // The gradient in whole vectors: as it lies, or as one long row with zeros where the input's padding is.
-    let is_aligned = w.is_multiple_of(VECTOR);
-    let long = plan.vectors.len() * VECTOR;
-    let spread;
-    let (grad, rows, row_vectors) = if is_aligned {
-        (grad, h, w / VECTOR)
-    } else {
-        let mut out = vec![0.0; batch * o * long];
-        for_chunks(&mut out, long, |i, out| {
-            for (row, grad) in grad[i * h * w..(i + 1) * h * w].chunks_exact(w).enumerate() {
-                out[row * plan.pitch()..][..w].copy_from_slice(grad);
-            }
-        });
-        spread = out;
-        (spread.as_slice(), 1, plan.vectors.len())
-    };
-    let sizes = GradientSizes {
-        batch,
-        c,
-        o,
-        rows,
-        row_vectors,
-        pitch: plan.pitch(),
-        plane: plan.plane(),
-        grad_plane: rows * row_vectors * VECTOR,
-    };
-    let mut out = unwritten(o * c * TAPS);
-    out.par_chunks_mut(CHANNELS * c * TAPS).enumerate().for_each(|(i, out)| {
-        let first = i * CHANNELS;
-        for channel in 0..c {
-            for row in 0..ROW {
-                let at = Place { channel, row, first };
-                match o - first {
-                    1 => sizes.run::<1>(&padded, grad, at, out),
-                    2 => sizes.run::<2>(&padded, grad, at, out),
-                    3 => sizes.run::<3>(&padded, grad, at, out),
-                    4 => sizes.run::<4>(&padded, grad, at, out),
-                    5 => sizes.run::<5>(&padded, grad, at, out),
-                    _ => sizes.run::<6>(&padded, grad, at, out),
-                }
-            }
-        }
-    });
-    out
-}
-
-struct GradientSizes {
-    batch: usize,
-    c: usize,
-    o: usize,
-    rows: usize,
-    row_vectors: usize,
-    pitch: usize,
-    plane: usize,
-    grad_plane: usize,
-}
-
-/// A tile of the weight: input channel, row of the kernel, first output channel.
-#[derive(Clone, Copy)]
-struct Place {
-    channel: usize,
-    row: usize,
-    first: usize,
-}
-
-impl GradientSizes {
-    fn run<const R: usize>(&self, x: &[f32], grad: &[f32], Place { channel, row, first }: Place, out: &mut [f32]) {
-        let last_row = (self.rows - 1) * self.pitch + (self.row_vectors - 1) * VECTOR;
-        let last = ((self.batch - 1) * self.c + channel) * self.plane + last_row + 2 * self.pitch + 2 + VECTOR;
-        let last_grad = ((self.batch - 1) * self.o + first + R) * self.grad_plane;
-        assert!(last <= x.len() && last_grad <= grad.len(), "tile outside");
-        let x = &x[channel * self.plane + row * self.pitch..];
-        // SAFETY: AVX-512 was detected before this module was entered; the furthest elements were just checked.
-        let sums = unsafe { gradient_tile::<R>(self, x, &grad[first * self.grad_plane..]) };
-        for (sums, out) in sums.iter().zip(out.chunks_mut(self.c * TAPS)) {
-            out[channel * TAPS + row * ROW..][..ROW].copy_from_slice(sums);
-        }
-    }
-}
-
-/// # Safety
-/// The processor has AVX-512, and all vectors of all samples, rows and taps lie inside the slices.
-#[target_feature(enable = "avx512f")]
-unsafe fn gradient_tile<const R: usize>(sizes: &GradientSizes, x: &[f32], grad: &[f32]) -> [[f32; ROW]; R] {
-    let mut sums = [[_mm512_setzero_ps(); ROW]; R];
-    for b in 0..sizes.batch {
-        for row in 0..sizes.rows {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let mut x = x.as_ptr().add(b * sizes.c * sizes.plane + row * sizes.pitch);
-                let mut grad = grad.as_ptr().add(b * sizes.o * sizes.grad_plane + row * sizes.row_vectors * VECTOR);
-                for _ in 0..sizes.row_vectors {
-                    let mut factors: [__m512; R] = [_mm512_setzero_ps(); R];
-                    for r in 0..R {
-                        factors[r] = _mm512_loadu_ps(grad.add(r * sizes.grad_plane));
-                    }
-                    for tap in 0..ROW {
-                        let pixels = _mm512_loadu_ps(x.add(tap));
-                        for r in 0..R {
-                            sums[r][tap] = _mm512_fmadd_ps(factors[r], pixels, sums[r][tap]);
-                        }
-                    }
-                    (x, grad) = (x.add(VECTOR), grad.add(VECTOR));
-                }
-            }
-        }
-    }
-    let mut out = [[0.0; ROW]; R];
-    for r in 0..R {
-        for tap in 0..ROW {
-            out[r][tap] = _mm512_reduce_add_ps(sums[r][tap]);
-        }
-    }
-    out
 }

@@ -1,0 +1,327 @@
+//! The gradient of a 3x3 convolution's weight, on AVX-512 registers and without unfolding.
+//!
+//! It is a product of two sides over all pixels, once for each of nine taps. One side is packed, so that the channels of a
+//! pixel lie beside each other; of the other, which is padded, one pixel at a time is spread over a vector. A tile, all taps of
+//! one channel times some vectors of the packed side, stays in registers over a block of pixels.
+//!
+//! Knows no tensor; `conv` decides when it runs. Each element is summed over the pixels in one order, whatever the number of
+//! threads.
+
+// Sums in registers are written as index loops over small constant ranges, which unroll completely.
+#![allow(clippy::needless_range_loop)]
+
+use std::arch::x86_64::{
+    __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
+    _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+};
+use std::borrow::Cow;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::direct::{TAPS, VECTOR, pad};
+use super::unwritten;
+
+/// Vectors of a tile: 27 sums in the 32 registers.
+const VECTORS: usize = 3;
+/// Pixels of a block, about: its packed side stays in the second-level cache while the channels of the other one pass.
+const BLOCK_PIXELS: usize = 512;
+/// Channels of the padded side that are one piece of work.
+const PIECE_CHANNELS: usize = 8;
+
+/// Sizes of a convolution: input [batch, c, h, w], gradient of the output [batch, o, out_h, out_w].
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) batch: usize,
+    pub(super) c: usize,
+    pub(super) h: usize,
+    pub(super) w: usize,
+    pub(super) o: usize,
+    pub(super) out_h: usize,
+    pub(super) out_w: usize,
+    pub(super) stride: usize,
+    pub(super) padding: usize,
+}
+
+/// Returns the gradient [o, c, 3, 3] of the weight.
+pub(super) fn weight_gradient(x: &[f32], grad: &[f32], shape: Shape) -> Vec<f32> {
+    let Shape { batch, c, h, w, o, out_h, out_w, stride, padding } = shape;
+    if x.is_empty() || grad.is_empty() {
+        return vec![0.0; o * c * TAPS];
+    }
+    // A convolution that keeps the side can be read the other way round, with mirrored taps: if that leaves fewer lanes empty.
+    let keeps_side = stride == 1 && padding == 1;
+    if keeps_side && o * c.next_multiple_of(VECTOR) < c * o.next_multiple_of(VECTOR) {
+        let product = Product::new([batch, o, c], [h, w], [h, w], (1, 1));
+        let sums = product.sums(grad, x);
+        return product.arrange(&sums, [o, c], |o, c, tap| (o, TAPS - 1 - tap, c));
+    }
+    let product = Product::new([batch, c, o], [h, w], [out_h, out_w], (stride, padding));
+    let sums = product.sums(x, grad);
+    product.arrange(&sums, [o, c], |o, c, tap| (c, tap, o))
+}
+
+/// Vectors of the packed side that are read together.
+#[derive(Clone, Copy)]
+struct Column {
+    first: usize,
+    width: usize,
+}
+
+/// The product of padded planes [batch, channels, ..] and packed ones [batch, lanes, rows, columns].
+struct Product {
+    batch: usize,
+    channels: usize,
+    lanes: usize,
+    /// Sides of the planes before they are padded.
+    sides: [usize; 2],
+    rows: usize,
+    columns: usize,
+    stride: usize,
+    padding: usize,
+    /// Vectors of a tile; the last tile of a channel may have fewer.
+    width: usize,
+}
+
+impl Product {
+    fn new(
+        [batch, channels, lanes]: [usize; 3],
+        sides: [usize; 2],
+        [rows, columns]: [usize; 2],
+        (stride, padding): (usize, usize),
+    ) -> Self {
+        let num_vectors = lanes.div_ceil(VECTOR);
+        let width = num_vectors.div_ceil(num_vectors.div_ceil(VECTORS));
+        Self { batch, channels, lanes, sides, rows, columns, stride, padding, width }
+    }
+
+    fn pitch(&self) -> usize {
+        self.sides[1] + 2 * self.padding
+    }
+
+    /// Elements of a padded plane.
+    fn plane(&self) -> usize {
+        (self.sides[0] + 2 * self.padding) * self.pitch()
+    }
+
+    fn num_vectors(&self) -> usize {
+        self.lanes.div_ceil(VECTOR)
+    }
+
+    fn column(&self, vector: usize) -> Column {
+        let first = vector / self.width * self.width;
+        Column { first, width: self.width.min(self.num_vectors() - first) }
+    }
+
+    /// Returns the sums over all pixels: a column after the other, each [channels, taps, lanes of the column].
+    fn sums(&self, spread: &[f32], packed: &[f32]) -> Vec<f32> {
+        let padded = match self.padding {
+            0 => Cow::Borrowed(spread),
+            padding => Cow::Owned(pad(spread, self.sides, padding)),
+        };
+        let packed = self.pack(packed);
+        let furthest = ((self.rows - 1) * self.pitch() + self.columns - 1) * self.stride + 2 * self.pitch() + 2;
+        let pixels = self.batch * self.rows * self.columns;
+        assert!(
+            furthest < self.plane()
+                && padded.len() >= self.batch * self.channels * self.plane()
+                && packed.len() == pixels * self.num_vectors() * VECTOR,
+            "a tap outside of the padded input"
+        );
+        let mut sums = vec![0.0; self.channels * TAPS * self.num_vectors() * VECTOR];
+        let pieces: Vec<_> = sums
+            .chunks_mut(self.channels * TAPS * self.width * VECTOR)
+            .enumerate()
+            .flat_map(|(i, sums)| {
+                let column = self.column(i * self.width);
+                let pieces = sums.chunks_mut(PIECE_CHANNELS * TAPS * column.width * VECTOR).enumerate();
+                pieces.map(move |(i, sums)| (column, i * PIECE_CHANNELS, sums))
+            })
+            .collect();
+        pieces.into_par_iter().for_each(|(column, channel, sums)| {
+            let packed = &packed[pixels * column.first * VECTOR..][..pixels * column.width * VECTOR];
+            let padded = &padded[channel * self.plane()..];
+            match column.width {
+                1 => self.piece::<1>(padded, packed, sums),
+                2 => self.piece::<2>(padded, packed, sums),
+                _ => self.piece::<VECTORS>(padded, packed, sums),
+            }
+        });
+        sums
+    }
+
+    /// Some channels times one column. `padded` begins with the first of the channels.
+    fn piece<const V: usize>(&self, padded: &[f32], packed: &[f32], sums: &mut [f32]) {
+        let num_rows = self.batch * self.rows;
+        let block = BLOCK_PIXELS.div_ceil(self.columns);
+        for first in (0..num_rows).step_by(block) {
+            let rows = first..num_rows.min(first + block);
+            for (channel, sums) in sums.chunks_exact_mut(TAPS * V * VECTOR).enumerate() {
+                let padded = &padded[channel * self.plane()..];
+                // SAFETY: AVX-512 was detected before this module was entered; `sums` checked the furthest element.
+                unsafe { tile::<V>(self, padded, packed, rows.clone(), sums) };
+            }
+        }
+    }
+
+    /// Packs planes [batch, lanes, rows * columns] to one column after the other, each [batch * pixels, lanes of the column].
+    fn pack(&self, planes: &[f32]) -> Vec<f32> {
+        let plane = self.rows * self.columns;
+        assert_eq!(planes.len(), self.batch * self.lanes * plane);
+        let mut out = unwritten(self.batch * plane * self.num_vectors() * VECTOR);
+        let pieces: Vec<_> = out
+            .chunks_mut(self.batch * plane * self.width * VECTOR)
+            .enumerate()
+            .flat_map(|(i, out)| {
+                let column = self.column(i * self.width);
+                let samples = out.chunks_exact_mut(plane * column.width * VECTOR).enumerate();
+                samples.map(move |(sample, out)| (column, sample, out))
+            })
+            .collect();
+        pieces.into_par_iter().for_each(|(column, sample, out)| {
+            for vector in 0..column.width {
+                let lane = (column.first + vector) * VECTOR;
+                let lanes = VECTOR.min(self.lanes - lane);
+                let planes = &planes[(sample * self.lanes + lane) * plane..][..lanes * plane];
+                // SAFETY: AVX-512 was detected before this module was entered.
+                unsafe { interleave(planes, plane, &mut out[vector * VECTOR..], column.width * VECTOR) };
+            }
+        });
+        out
+    }
+
+    /// Returns [o, c, taps] from sums; `place` gives channel, tap and lane of an element.
+    fn arrange(
+        &self,
+        sums: &[f32],
+        [o, c]: [usize; 2],
+        place: impl Fn(usize, usize, usize) -> (usize, usize, usize) + Sync,
+    ) -> Vec<f32> {
+        let mut out = unwritten(o * c * TAPS);
+        // As many output channels as a vector has lanes: they lie beside each other in the sums.
+        out.par_chunks_mut(VECTOR * c * TAPS).enumerate().for_each(|(i, out)| {
+            for channel in 0..c {
+                for (output, out) in out.chunks_exact_mut(c * TAPS).enumerate() {
+                    for (tap, out) in out[channel * TAPS..][..TAPS].iter_mut().enumerate() {
+                        let (channel, tap, lane) = place(i * VECTOR + output, channel, tap);
+                        let column = self.column(lane / VECTOR);
+                        let before = column.first * VECTOR * self.channels * TAPS;
+                        let row = (channel * TAPS + tap) * column.width * VECTOR;
+                        *out = sums[before + row + lane - column.first * VECTOR];
+                    }
+                }
+            }
+        });
+        out
+    }
+}
+
+/// Adds the products of some rows of pixels, counted over all samples, to a tile [taps, V vectors].
+///
+/// # Safety
+/// The processor has AVX-512; all pixels and taps of these rows lie inside `padded`, which begins with the tile's channel in the
+/// first sample, and inside `packed`.
+#[target_feature(enable = "avx512f")]
+unsafe fn tile<const V: usize>(
+    product: &Product,
+    padded: &[f32],
+    packed: &[f32],
+    rows: Range<usize>,
+    tile: &mut [f32],
+) {
+    let (pitch, stride) = (product.pitch(), product.stride);
+    assert_eq!(tile.len(), TAPS * V * VECTOR);
+    let mut sums = [[_mm512_setzero_ps(); V]; TAPS];
+    for tap in 0..TAPS {
+        for v in 0..V {
+            // SAFETY: the length was just checked.
+            sums[tap][v] = unsafe { _mm512_loadu_ps(tile.as_ptr().add((tap * V + v) * VECTOR)) };
+        }
+    }
+    let (mut sample, mut row) = (rows.start / product.rows, rows.start % product.rows);
+    for line in rows {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let start = sample * product.channels * product.plane() + row * stride * pitch;
+            let mut x = padded.as_ptr().add(start);
+            let mut y = packed.as_ptr().add(line * product.columns * V * VECTOR);
+            for _ in 0..product.columns {
+                let mut vectors = [_mm512_setzero_ps(); V];
+                for v in 0..V {
+                    vectors[v] = _mm512_loadu_ps(y.add(v * VECTOR));
+                }
+                for tap in 0..TAPS {
+                    let factor = _mm512_set1_ps(*x.add(tap / 3 * pitch + tap % 3));
+                    for v in 0..V {
+                        sums[tap][v] = _mm512_fmadd_ps(factor, vectors[v], sums[tap][v]);
+                    }
+                }
+                (x, y) = (x.add(stride), y.add(V * VECTOR));
+            }
+        }
+        row += 1;
+        if row == product.rows {
+            (sample, row) = (sample + 1, 0);
+        }
+    }
+    for tap in 0..TAPS {
+        for v in 0..V {
+            // SAFETY: the length was checked at the beginning.
+            unsafe { _mm512_storeu_ps(tile.as_mut_ptr().add((tap * V + v) * VECTOR), sums[tap][v]) };
+        }
+    }
+}
+
+/// Writes up to 16 planes as rows of 16 lanes, `pitch` apart, one per pixel; lanes without a plane are zero.
+#[target_feature(enable = "avx512f")]
+fn interleave(planes: &[f32], plane: usize, out: &mut [f32], pitch: usize) {
+    for first in (0..plane).step_by(VECTOR) {
+        let count = VECTOR.min(plane - first);
+        let mask = (u32::MAX >> (32 - count)) as u16;
+        let mut rows = [_mm512_setzero_ps(); VECTOR];
+        for (row, plane) in rows.iter_mut().zip(planes.chunks_exact(plane)) {
+            let from = &plane[first..first + count];
+            // SAFETY: the mask leaves out what is behind the slice.
+            *row = unsafe { _mm512_maskz_loadu_ps(mask, from.as_ptr()) };
+        }
+        for (i, row) in transposed(rows).into_iter().enumerate().take(count) {
+            let to = &mut out[(first + i) * pitch..][..VECTOR];
+            // SAFETY: the slice has the length of a vector.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), row) };
+        }
+    }
+}
+
+/// Exchanges rows and columns of a square of 16 vectors.
+#[target_feature(enable = "avx512f")]
+fn transposed(rows: [__m512; VECTOR]) -> [__m512; VECTOR] {
+    let zero = _mm512_setzero_ps();
+    let (mut pairs, mut fours, mut out) = ([zero; VECTOR], [zero; VECTOR], [zero; VECTOR]);
+    for i in 0..VECTOR / 2 {
+        pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+        pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+    }
+    // Row 4 i + j: in each quarter of the vector, column j of the quarter's four, of four source rows.
+    for i in 0..VECTOR / 4 {
+        for half in 0..2 {
+            let first = _mm512_castps_pd(pairs[4 * i + half]);
+            let second = _mm512_castps_pd(pairs[4 * i + 2 + half]);
+            fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+            fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+        }
+    }
+    const EVEN: i32 = 0x88;
+    const ODD: i32 = 0xdd;
+    for j in 0..4 {
+        let even = _mm512_shuffle_f32x4::<EVEN>(fours[j], fours[4 + j]);
+        let odd = _mm512_shuffle_f32x4::<ODD>(fours[j], fours[4 + j]);
+        let lower_even = _mm512_shuffle_f32x4::<EVEN>(fours[8 + j], fours[12 + j]);
+        let lower_odd = _mm512_shuffle_f32x4::<ODD>(fours[8 + j], fours[12 + j]);
+        out[j] = _mm512_shuffle_f32x4::<EVEN>(even, lower_even);
+        out[4 + j] = _mm512_shuffle_f32x4::<EVEN>(odd, lower_odd);
+        out[8 + j] = _mm512_shuffle_f32x4::<ODD>(even, lower_even);
+        out[12 + j] = _mm512_shuffle_f32x4::<ODD>(odd, lower_odd);
+    }
+    out
+}
