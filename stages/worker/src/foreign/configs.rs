@@ -16,6 +16,16 @@ use crate::error::{JobError, JobResult, OrFail};
 /// Padding id of Qwen's tokenizer, which its `config.json` does not tell: `<|endoftext|>`.
 const QWEN_PAD: u32 = 151_643;
 
+/// Key of this project in `vision_config`: the scale in front of the vision tower, which the libraries do not know. It is
+/// written where the scale is not the release's.
+const INPUT_SCALE: &str = "input_scale";
+
+/// The release's scale, DeepGen's own rule and not Qwen's: reference images shrink so that a patch is cut from 16 pixels
+/// (docs/spec/model.md section 2.8).
+fn released_scale(patch_size: usize) -> [usize; 2] {
+    [2 * patch_size, 32]
+}
+
 /// A configuration file and where it lies.
 pub struct ConfigFile {
     path: String,
@@ -31,6 +41,11 @@ impl ConfigFile {
         let text = std::fs::read_to_string(path).or_input(|| path.display())?;
         let value = serde_json::from_str(&text).or_input(|| path.display())?;
         Ok(Self { path: path.display().to_string(), value })
+    }
+
+    /// Takes settings that were read already; `path` names them in messages.
+    pub fn of(path: String, value: Value) -> Self {
+        Self { path, value }
     }
 
     /// Returns a text of the file, such as its `model_type`.
@@ -104,9 +119,7 @@ impl ConfigFile {
             window_size: vision.get("window_size")?,
             fullatt_block_indexes: vision.get("fullatt_block_indexes")?,
             out_hidden_size: vision.get("out_hidden_size")?,
-            // DeepGen's own rule, not Qwen's: reference images shrink so that a patch is cut from 16 pixels
-            // (docs/spec/model.md section 2.8).
-            input_scale: [2 * patch_size, 32],
+            input_scale: vision.get_or(INPUT_SCALE, released_scale(patch_size))?,
         };
         let id = |key: &str, nested: u32| self.get_or(key, nested);
         let image_pad: u32 = self.get("image_token_id")?;
@@ -120,18 +133,27 @@ impl ConfigFile {
         Ok(VlmConfig { language, vision, tokens })
     }
 
-    /// Reads an SD3 transformer's sizes.
+    /// Reads an SD3 transformer's sizes; its blocks with a second attention must be the first few.
     ///
     /// # Errors
     /// Names the key that is missing or not supported.
     pub fn dit(&self) -> JobResult<DitConfig> {
-        self.require("_class_name", json!("SD3Transformer2DModel"))?;
-        self.require("qk_norm", json!("rms_norm"))?;
-        let dual: Vec<usize> = self.get_or("dual_attention_layers", Vec::new())?;
+        let (config, dual) = self.dit_and_dual_layers()?;
         if dual.iter().enumerate().any(|(i, &layer)| layer != i) {
             let reason = format!("{}: `dual_attention_layers` is {dual:?}, not the first few", self.path);
             return Err(JobError::input(reason));
         }
+        Ok(config)
+    }
+
+    /// Reads an SD3 transformer's sizes, and which blocks have a second attention.
+    ///
+    /// # Errors
+    /// Names the key that is missing or not supported.
+    pub fn dit_and_dual_layers(&self) -> JobResult<(DitConfig, Vec<usize>)> {
+        self.require("_class_name", json!("SD3Transformer2DModel"))?;
+        self.require("qk_norm", json!("rms_norm"))?;
+        let dual: Vec<usize> = self.get_or("dual_attention_layers", Vec::new())?;
         let config = DitConfig {
             sample_size: self.get("sample_size")?,
             patch_size: self.get("patch_size")?,
@@ -146,7 +168,7 @@ impl ConfigFile {
         };
         self.require("out_channels", json!(config.in_channels))?;
         self.require("caption_projection_dim", json!(config.width()))?;
-        Ok(config)
+        Ok((config, dual))
     }
 
     /// Reads an autoencoder's sizes.
@@ -211,7 +233,7 @@ impl ConfigFile {
 /// Returns the hub's flat `config.json` of a vision-language model.
 pub fn vlm_json(config: &VlmConfig, dtype: &str) -> Value {
     let (language, vision, tokens) = (&config.language, &config.vision, &config.tokens);
-    json!({
+    let mut value = json!({
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
         "torch_dtype": dtype,
@@ -250,7 +272,11 @@ pub fn vlm_json(config: &VlmConfig, dtype: &str) -> Value {
             "tokens_per_second": 2,
             "temporal_patch_size": vision.temporal_patch_size
         }
-    })
+    });
+    if vision.input_scale != released_scale(vision.patch_size) {
+        value["vision_config"][INPUT_SCALE] = json!(vision.input_scale);
+    }
+    value
 }
 
 /// Returns diffusers' `config.json` of an SD3 transformer.

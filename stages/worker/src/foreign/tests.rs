@@ -121,6 +121,19 @@ fn the_released_folders_come_in_and_go_out_unchanged() {
 }
 
 #[test]
+fn the_scale_in_front_of_the_vision_tower_survives_the_released_folders() {
+    let dir = tempfile::tempdir().unwrap();
+    let shapes = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../base/shapes");
+    let found = Collected::open(&shapes).unwrap();
+    let spec = found.spec(None).unwrap();
+    let vision = &spec.base.vlm.vision;
+    assert_ne!(vision.input_scale, [2 * vision.patch_size, 32], "the rule would do, so the test would not tell");
+    target::write_folders(&found, &spec, dir.path(), WrittenType::Stored, &mut |_, _| {}).unwrap();
+    let again = Collected::open(dir.path()).unwrap().spec(None).unwrap();
+    assert_eq!(again.base.vlm, spec.base.vlm);
+}
+
+#[test]
 fn shards_and_the_newer_spelling_are_the_same_model() {
     let dir = tempfile::tempdir().unwrap();
     let hub = fixture("deepgen_model/lmm");

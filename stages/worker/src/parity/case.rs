@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::archive::Archive;
 use super::error::{ParityError, ParityResult};
 use super::kind::Kind;
+use crate::foreign::configs::ConfigFile;
 
 /// A JSON object with its file, so that a missing setting can be named.
 #[derive(Debug, Clone)]
@@ -47,6 +48,11 @@ impl Settings {
     pub fn at(&self, key: &str) -> Option<Self> {
         let value = self.value.pointer(&format!("/{key}")).filter(|value| value.is_object())?;
         Some(Self { path: self.path.clone(), value: value.clone() })
+    }
+
+    /// Returns the settings as a library's configuration file.
+    pub fn as_config_file(&self) -> ConfigFile {
+        ConfigFile::of(self.path.display().to_string(), self.value.clone())
     }
 }
 

@@ -1,9 +1,8 @@
-//! The libraries' own config files as our settings: Qwen2.5-VL in its flat and its nested layout, diffusers' DiT and
-//! autoencoder.
+//! A case's models as the libraries saved them: configuration files (read by `foreign::configs`) and weights.
 
 use std::path::Path;
 
-use deepgen_contract::model::{DitConfig, LanguageConfig, SpecialTokens, VaeConfig, VisionConfig, VlmConfig};
+use deepgen_contract::model::{DitConfig, VaeConfig, VlmConfig};
 use deepgen_model::dit::Dit;
 use deepgen_model::init::Init;
 use deepgen_model::vae::Vae;
@@ -11,7 +10,7 @@ use deepgen_model::vlm::Vlm;
 use deepgen_model::weights::load_into;
 
 use super::case::{Case, Settings};
-use super::error::{ParityError, ParityResult};
+use super::error::ParityResult;
 
 /// Numerator and denominator of the scale in front of the vision tower (docs/spec/model.md section 2.8).
 const INPUT_SCALE: [usize; 2] = [28, 32];
@@ -21,49 +20,11 @@ const INPUT_SCALE: [usize; 2] = [28, 32];
 /// # Errors
 /// When a setting is missing.
 pub fn vlm(config: &Settings, pad: u32) -> ParityResult<(VlmConfig, bool)> {
-    let text = config.at("text_config").unwrap_or_else(|| config.clone());
-    let vision = config.at("vision_config").ok_or_else(|| missing("vision_config"))?;
-    let channels = vision.get("in_channels").or_else(|_| vision.get("in_chans"))?;
-    let is_tied = config.get("tie_word_embeddings").or_else(|_| text.get("tie_word_embeddings")).unwrap_or(true);
-    let config = VlmConfig {
-        language: LanguageConfig {
-            vocab_size: text.get("vocab_size")?,
-            hidden_size: text.get("hidden_size")?,
-            intermediate_size: text.get("intermediate_size")?,
-            num_hidden_layers: text.get("num_hidden_layers")?,
-            num_attention_heads: text.get("num_attention_heads")?,
-            num_key_value_heads: text.get("num_key_value_heads")?,
-            rms_norm_eps: text.get("rms_norm_eps")?,
-            rope_theta: text.get("rope_theta")?,
-            mrope_section: text.get("rope_scaling/mrope_section")?,
-        },
-        vision: VisionConfig {
-            depth: vision.get("depth")?,
-            hidden_size: vision.get("hidden_size")?,
-            intermediate_size: vision.get("intermediate_size")?,
-            num_heads: vision.get("num_heads")?,
-            in_channels: channels,
-            patch_size: vision.get("patch_size")?,
-            temporal_patch_size: vision.get("temporal_patch_size")?,
-            spatial_merge_size: vision.get("spatial_merge_size")?,
-            window_size: vision.get("window_size")?,
-            fullatt_block_indexes: vision.get("fullatt_block_indexes")?,
-            out_hidden_size: vision.get("out_hidden_size")?,
-            input_scale: INPUT_SCALE,
-        },
-        tokens: SpecialTokens {
-            pad,
-            vision_start: config.get("vision_start_token_id")?,
-            vision_end: config.get("vision_end_token_id")?,
-            image_pad: config.get("image_token_id")?,
-            video_pad: config.get("video_token_id")?,
-        },
-    };
-    Ok((config, is_tied))
-}
-
-fn missing(key: &str) -> ParityError {
-    ParityError::Unsupported(format!("the model's config has no `{key}`"))
+    let is_tied =
+        ["tie_word_embeddings", "text_config/tie_word_embeddings"].iter().find_map(|key| config.get(key).ok());
+    let mut vlm = config.as_config_file().vlm(Some(pad))?;
+    vlm.vision.input_scale = INPUT_SCALE;
+    Ok((vlm, is_tied.unwrap_or(true)))
 }
 
 /// Loads a vision-language model from a folder of the case as the library saved it.
@@ -82,24 +43,7 @@ pub fn load_vlm(case: &Case, folder: &str, pad: u32) -> ParityResult<Vlm> {
 /// # Errors
 /// When a setting is missing, or says what this implementation does not do.
 pub fn dit(config: &Settings) -> ParityResult<(DitConfig, Vec<usize>)> {
-    let dual: Vec<usize> = config.get("dual_attention_layers")?;
-    let norm: String = config.get("qk_norm")?;
-    if norm != "rms_norm" {
-        return Err(ParityError::Unsupported(format!("qk_norm `{norm}`: only `rms_norm` is implemented")));
-    }
-    let config = DitConfig {
-        sample_size: config.get("sample_size")?,
-        patch_size: config.get("patch_size")?,
-        in_channels: config.get("in_channels")?,
-        num_layers: config.get("num_layers")?,
-        num_attention_heads: config.get("num_attention_heads")?,
-        attention_head_dim: config.get("attention_head_dim")?,
-        joint_attention_dim: config.get("joint_attention_dim")?,
-        pooled_projection_dim: config.get("pooled_projection_dim")?,
-        pos_embed_max_size: config.get("pos_embed_max_size")?,
-        num_dual_attention_layers: dual.len(),
-    };
-    Ok((config, dual))
+    Ok(config.as_config_file().dit_and_dual_layers()?)
 }
 
 /// Loads the DiT in `model/`.
@@ -115,17 +59,9 @@ pub fn load_dit(case: &Case) -> ParityResult<Dit> {
 /// Returns an autoencoder's settings.
 ///
 /// # Errors
-/// When a setting is missing.
+/// When a setting is missing, or says what this implementation does not do.
 pub fn vae(config: &Settings) -> ParityResult<VaeConfig> {
-    Ok(VaeConfig {
-        in_channels: config.get("in_channels")?,
-        latent_channels: config.get("latent_channels")?,
-        block_out_channels: config.get("block_out_channels")?,
-        layers_per_block: config.get("layers_per_block")?,
-        norm_num_groups: config.get("norm_num_groups")?,
-        scaling_factor: config.get("scaling_factor")?,
-        shift_factor: config.get("shift_factor")?,
-    })
+    Ok(config.as_config_file().vae()?)
 }
 
 /// Loads the autoencoder in a folder of the case.
