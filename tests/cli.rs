@@ -28,9 +28,9 @@ fn a_first_run_computes_everything_and_a_second_one_nothing() {
     project.run().expect(0).says("sft: done").prints("done: 6 ran, 0 cached");
     assert_eq!(ran(&project), ["base", "final", "mix", "poems", "sft", "words"]);
     let begun = Instant::now();
-    project.run().expect(0).says("6 nodes cached").prints("done: 0 ran, 6 cached");
+    project.run().expect(0).prints("done: 0 ran, 6 cached");
     assert!(begun.elapsed().as_secs_f64() < 1.0, "took {:?}", begun.elapsed());
-    assert_eq!(ran(&project), Vec::<String>::new());
+    assert_eq!(std::fs::read_dir(project.path("artifacts/runs")).unwrap().count(), 1, "no run was opened");
 }
 
 #[test]

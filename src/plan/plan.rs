@@ -61,29 +61,26 @@ pub trait ExternalFiles {
 }
 
 /// What will be done, node by node.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// Nodes; each stands after its inputs.
     pub nodes: Vec<PlannedNode>,
 }
 
 /// A node with its identity and what will be done about it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PlannedNode {
     /// The node.
     pub node: Arc<ResolvedNode>,
     /// Identity of its result. Of a blocked node it is provisional: missing content is left out of it.
     pub fingerprint: Fingerprint,
     /// The node's own identity, where a person accepted another's result in its place.
-    #[serde(default)]
     pub stands_for: Option<Fingerprint>,
     /// Fingerprints of the inputs by port.
     pub inputs: BTreeMap<String, Fingerprint>,
     /// Hashes of the external content that its settings name, by settings key.
-    #[serde(default)]
     pub content: BTreeMap<String, String>,
     /// True when `--smoke` cut it, or something that it is made from, to a few steps: its result is no real one.
-    #[serde(default)]
     pub is_smoke: bool,
     /// What will be done.
     pub verdict: Verdict,

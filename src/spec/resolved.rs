@@ -38,7 +38,7 @@ pub struct Resolved {
     /// Where jobs run.
     pub executor: Executor,
     /// Nodes; each stands after its inputs.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty", with = "shared")]
     pub nodes: Vec<Arc<ResolvedNode>>,
     /// What stands for what in each variant, when this is a sweep.
     pub sweep: Option<Sweep>,
@@ -58,6 +58,23 @@ pub struct Resolved {
     /// Nodes of the file that are not in this plan, each with the reason: a condition that does not hold.
     #[serde(default)]
     pub left_out: BTreeMap<NodeName, String>,
+}
+
+/// Shared nodes are written as what they are.
+mod shared {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::ResolvedNode;
+
+    pub fn serialize<S: Serializer>(nodes: &[Arc<ResolvedNode>], serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(nodes.iter().map(Arc::as_ref))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Arc<ResolvedNode>>, D::Error> {
+        Ok(Vec::<ResolvedNode>::deserialize(deserializer)?.into_iter().map(Arc::new).collect())
+    }
 }
 
 fn yes() -> bool {
