@@ -21,6 +21,9 @@ use crate::job::JobContext;
 use crate::learner::{Loss, Losses};
 use crate::suspects;
 
+/// Batches that other threads prepare, and the number of the next one.
+type Prepared = (u64, Prefetch<Result<Batch, LoadError>>);
+
 /// The micro-batches of a job.
 pub struct MicroBatches {
     /// Reads them.
@@ -38,7 +41,7 @@ pub struct MicroBatches {
     spec: ModelSpec,
     trained: Trained,
     /// What is prepared, and the number of its next one; behind a lock only so that losses may be shared among threads.
-    prefetch: Mutex<Option<(u64, Prefetch<Result<Batch, LoadError>>)>>,
+    prefetch: Mutex<Option<Prepared>>,
 }
 
 impl MicroBatches {
