@@ -112,7 +112,8 @@ fn every_kind_of_source_is_told_and_counted() {
     let (images, captions) = (at("images"), at("captions"));
     let (images, captions) = (images.to_str().unwrap(), captions.to_str().unwrap());
     let beside: &[&str] = &["--images", images];
-    let cases: [(&str, &[&str], (&str, &str, u64, u64)); 11] = [
+    type Case<'a> = (&'a str, &'a [&'a str], (&'a str, &'a str, u64, u64));
+    let cases: [Case<'_>; 11] = [
         ("captions.json", &["--images", images, "--captions", captions], ("caption_list", "generation", 8, 7)),
         ("blip.json", beside, ("blip3o", "generation", 7, 7)),
         ("edits.json", beside, ("edit_list", "edit", 7, 7)),

@@ -237,7 +237,8 @@ impl Follower {
             Ok(Some(Outcome::Failed { cause, message })) => Ended::Failed(Failure { cause, message }),
             Ok(None) => {
                 let (words, last_words) = (&end.words, self.last_words());
-                match memory::ran_out(end.signal, &last_words, self.killed_before, memory::num_killed()) {
+                // A backtrace may follow the words that tell.
+                match memory::ran_out(end.signal, &self.stderr(), self.killed_before, memory::num_killed()) {
                     true => Ended::Failed(Failure {
                         cause: FailureCause::OutOfMemory,
                         message: format!("the worker ran out of memory: {words}{last_words}"),
@@ -252,9 +253,13 @@ impl Follower {
         }
     }
 
-    fn last_words(&self) -> String {
+    fn stderr(&self) -> String {
         let text = std::fs::read(self.folder.join(STDERR_FILE)).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
+        String::from_utf8_lossy(&text).into_owned()
+    }
+
+    fn last_words(&self) -> String {
+        let text = self.stderr();
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
         lines[lines.len().saturating_sub(NUM_LAST_LINES)..].iter().map(|line| format!("\n  | {line}")).collect()
     }

@@ -37,11 +37,11 @@ fn count(text: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix("oom_kill ")?.trim().parse().ok())
 }
 
-/// Returns true when a process that ended by `signal`, with these last words, ran out of memory; `before` and `now` are
+/// Returns true when a process that ended by `signal` and wrote this on standard error ran out of memory; `before` and `now` are
 /// [`num_killed`] at its start and at its end.
-pub fn ran_out(signal: Option<i32>, last_words: &str, before: Option<u64>, now: Option<u64>) -> bool {
+pub fn ran_out(signal: Option<i32>, stderr: &str, before: Option<u64>, now: Option<u64>) -> bool {
     // What the Rust runtime says before it aborts.
-    let said = last_words.lines().any(|line| line.contains("memory allocation of") && line.contains("bytes failed"));
+    let said = stderr.lines().any(|line| line.contains("memory allocation of") && line.contains("bytes failed"));
     let is_taken = signal == Some(SIGKILL) && matches!((before, now), (Some(before), Some(now)) if now > before);
     said || is_taken
 }
