@@ -4,7 +4,6 @@
 //! Knows parameters by name, neither data nor what a loss means: [`Losses`] gives them. A loss or a gradient that is NaN or
 //! infinite changes nothing: weights, moments and average stay as they were before the update it belongs to.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -20,7 +19,6 @@ use crate::emit::Metrics;
 use crate::error::{JobError, JobResult};
 use crate::fit::ensure_finite_loss;
 use crate::flow_step::divide;
-use crate::forks::on_forks;
 use crate::job::JobContext;
 use crate::model_folder;
 use crate::optimize::{self, AdamW, GradientSum, schedule_factor};
@@ -39,9 +37,9 @@ pub struct Loss {
 }
 
 /// What a learner descends.
-pub trait Losses<M>: Sync {
+pub trait Losses<M> {
     /// The samples of a micro-batch.
-    type Batch: Sync;
+    type Batch;
 
     /// Gets micro-batch `iteration`, which is a function of its number.
     ///
@@ -80,9 +78,6 @@ pub struct UpdateRule {
     pub accumulation: u64,
     /// Parts of a micro-batch, one after the other: less memory for the same update.
     pub division: usize,
-    /// Micro-batches of an update that are computed at a time, each on a thread of its own, with the memory of each. The
-    /// update does not depend on it. 1 while micro-batches are divided.
-    pub at_a_time: usize,
     /// Micro-batches in all: the length of the learning rate's course.
     pub total: u64,
     /// Steps of the job that come before the first micro-batch.
@@ -101,17 +96,6 @@ pub struct Learner<M> {
     gradients: GradientSum,
     ema: Option<EmaWeights>,
     rule: UpdateRule,
-    /// Micro-batches of this update that were computed before their turn.
-    ahead: VecDeque<Ahead>,
-}
-
-/// A micro-batch that was computed before its turn.
-struct Ahead {
-    iteration: u64,
-    num_samples: usize,
-    flops: Option<f64>,
-    /// Name and value of its loss, and its share of the update's gradient.
-    found: JobResult<(String, f64, GradientSum)>,
 }
 
 impl<M: Module> Learner<M> {
@@ -123,7 +107,6 @@ impl<M: Module> Learner<M> {
             model: Some(model),
             gradients: GradientSum::default(),
             rule,
-            ahead: VecDeque::new(),
         }
     }
 
@@ -150,7 +133,6 @@ impl<M: Module> Learner<M> {
     /// Forgets gradients and average: what comes now begins at the weights as they are.
     pub fn start_here(&mut self) {
         self.gradients = GradientSum::default();
-        self.ahead.clear();
         self.ema = self.rule.ema.as_ref().map(|ema| EmaWeights::new(ema, self.model()));
     }
 
@@ -190,8 +172,12 @@ impl<M: Module> Learner<M> {
     ) -> JobResult<Metrics> {
         let step = self.rule.steps_before + iteration;
         let accumulation = self.rule.accumulation.max(1);
+        let begun = Instant::now();
+        let batch = losses.batch(iteration, context)?;
+        context.meter.waited_since(begun);
+        context.meter.count(L::num_samples(&batch) as u64, losses.flops(&batch));
         let mut metrics = Metrics::new();
-        match self.gradient(losses, iteration, context)? {
+        match self.descend(losses, iteration, &batch) {
             Ok((name, value)) => {
                 metrics.insert(name, value);
             }
@@ -217,65 +203,6 @@ impl<M: Module> Learner<M> {
             }
         }
         Ok(metrics)
-    }
-
-    /// Adds the gradient of a micro-batch and returns the name and the value of its loss, or what is wrong with it.
-    ///
-    /// # Errors
-    /// When it cannot be read.
-    fn gradient<L: Losses<M>>(
-        &mut self,
-        losses: &mut L,
-        iteration: u64,
-        context: &mut JobContext,
-    ) -> JobResult<JobResult<(String, f64)>> {
-        if self.rule.at_a_time <= 1 {
-            let begun = Instant::now();
-            let batch = losses.batch(iteration, context)?;
-            context.meter.waited_since(begun);
-            context.meter.count(L::num_samples(&batch) as u64, losses.flops(&batch));
-            return Ok(self.descend(losses, iteration, &batch));
-        }
-        if self.ahead.front().is_none_or(|ahead| ahead.iteration != iteration) {
-            self.ahead = self.compute_ahead(losses, iteration, context)?;
-        }
-        let Ahead { num_samples, flops, found, .. } = self.ahead.pop_front().expect("it was computed above");
-        context.meter.count(num_samples as u64, flops);
-        Ok(found.map(|(name, value, gradients)| {
-            self.gradients.merge(gradients);
-            (name, value)
-        }))
-    }
-
-    /// Computes the micro-batches from `first` to the end of their update, several at a time.
-    fn compute_ahead<L: Losses<M>>(
-        &self,
-        losses: &mut L,
-        first: u64,
-        context: &mut JobContext,
-    ) -> JobResult<VecDeque<Ahead>> {
-        let accumulation = self.rule.accumulation.max(1);
-        let last = first + accumulation - first % accumulation;
-        let begun = Instant::now();
-        let batches = (first..last).map(|iteration| losses.batch(iteration, context)).collect::<JobResult<Vec<_>>>()?;
-        context.meter.waited_since(begun);
-        let (losses, steps_before): (&L, u64) = (losses, self.rule.steps_before);
-        let found = on_forks(self.model(), self.rule.at_a_time, batches.len(), |model, at| {
-            let (iteration, batch) = (first + at as u64, &batches[at]);
-            let loss = losses.loss(model, iteration, batch, 0..L::num_samples(batch))?;
-            let value = f64::from(loss.value.clone().into_scalar::<f32>());
-            ensure_finite_loss(steps_before + iteration, &loss.name, value, &loss.keys)?;
-            let mut gradients = GradientSum::default();
-            gradients.add(model, loss.value.backward(), 1.0 / accumulation as f64);
-            Ok((loss.name, value, gradients))
-        });
-        let ahead = |(found, (iteration, batch)): (_, (u64, &L::Batch))| Ahead {
-            iteration,
-            num_samples: L::num_samples(batch),
-            flops: losses.flops(batch),
-            found,
-        };
-        Ok(found.into_iter().zip((first..last).zip(&batches)).map(ahead).collect())
     }
 
     /// Adds the gradient of a micro-batch, part by part; returns the name and the value of its loss.
@@ -327,7 +254,6 @@ impl<M: Module> Learner<M> {
         let model = self.model.take().expect("no update is being made");
         self.model = Some(model_folder::lay_over(model, file, PREFIX)?);
         self.gradients = GradientSum::default();
-        self.ahead.clear();
         self.optimizer.restore(file, optimize::PREFIX, device)?;
         match &mut self.ema {
             Some(ema) => ema.restore(file, device),
@@ -441,10 +367,6 @@ mod tests {
     }
 
     fn job(bad: Bad, on_non_finite: OnNonFinite) -> Job {
-        job_with(bad, on_non_finite, 1)
-    }
-
-    fn job_with(bad: Bad, on_non_finite: OnNonFinite, at_a_time: usize) -> Job {
         let linear = LinearConfig::new(3, 2).with_bias(false).init(&Device::flex().autodiff());
         let linear = weights::map_params(linear, |_, x| x.mul_scalar(0.0).add_scalar(0.5));
         let (linear, _) = deepgen_model::trainable::select(linear, &["*".into()]).unwrap();
@@ -460,7 +382,6 @@ mod tests {
             optimizer,
             accumulation: ACCUMULATION,
             division: 1,
-            at_a_time,
             total: TOTAL,
             steps_before: 0,
             on_non_finite,
@@ -521,22 +442,6 @@ mod tests {
             for part in ["kept-12, kept-13", "at step 14", "1 of 1 tensors (weight)"] {
                 assert!(said.contains(part), "{part}: {said}");
             }
-        }
-    }
-
-    #[test]
-    fn an_update_does_not_depend_on_how_many_micro_batches_are_computed_at_a_time() {
-        for bad in [Bad::Nothing, Bad::NanGradient] {
-            let run_with = |at_a_time| {
-                let folder = tempfile::tempdir().unwrap();
-                let mut job = job_with(bad, OnNonFinite::Skip, at_a_time);
-                let (end, lines) = run(&mut job, OnNonFinite::Skip, folder.path());
-                end.unwrap();
-                (bits(&job), lines)
-            };
-            let alone = run_with(1);
-            assert_eq!(run_with(2), alone, "{bad:?}");
-            assert_eq!(run_with(5), alone, "{bad:?}");
         }
     }
 

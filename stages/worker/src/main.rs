@@ -21,7 +21,6 @@ mod files;
 mod fit;
 mod flow_step;
 mod foreign;
-mod forks;
 mod gpu;
 mod guard;
 mod inspect;

@@ -4,7 +4,7 @@
 //! read again.
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use deepgen_contract::flops::{SampleSize, Trained, training_step};
 use deepgen_contract::model::{ModelSpec, Padding};
@@ -20,9 +20,6 @@ use crate::flow_step::{FlowStep, Part, Sigmas, loss_name};
 use crate::job::JobContext;
 use crate::learner::{Loss, Losses};
 use crate::suspects;
-
-/// Batches that other threads prepare, and the number of the next one.
-type Prepared = (u64, Prefetch<Result<Batch, LoadError>>);
 
 /// The micro-batches of a job.
 pub struct MicroBatches {
@@ -40,8 +37,8 @@ pub struct MicroBatches {
     /// What operations are counted of.
     spec: ModelSpec,
     trained: Trained,
-    /// What is prepared, and the number of its next one; behind a lock only so that losses may be shared among threads.
-    prefetch: Mutex<Option<Prepared>>,
+    /// What is prepared, and the number of its next one.
+    prefetch: Option<(u64, Prefetch<Result<Batch, LoadError>>)>,
 }
 
 impl MicroBatches {
@@ -63,7 +60,7 @@ impl MicroBatches {
             steps_before,
             spec,
             trained,
-            prefetch: Mutex::new(None),
+            prefetch: None,
         }
     }
 
@@ -91,14 +88,13 @@ impl MicroBatches {
     /// # Errors
     /// When sample after sample cannot be read.
     pub fn next(&mut self, iteration: u64) -> JobResult<Batch> {
-        let current = self.prefetch.get_mut().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if current.as_ref().is_none_or(|(next, _)| *next != iteration) {
+        if self.prefetch.as_ref().is_none_or(|(next, _)| *next != iteration) {
             let (loader, shard) = (Arc::clone(&self.loader), Shard::single(self.seed));
             let job = move |number| loader.load(shard, number);
             let prefetch = Prefetch::new(iteration..u64::MAX, self.depth, self.threads, job);
-            *current = Some((iteration, prefetch));
+            self.prefetch = Some((iteration, prefetch));
         }
-        let (next, prefetch) = current.as_mut().expect("it was started above");
+        let (next, prefetch) = self.prefetch.as_mut().expect("it was started above");
         *next += 1;
         let batch = prefetch.next().ok_or_else(|| JobError::internal("the loader ended"))?;
         batch.or_input(|| format!("load batch {iteration}"))

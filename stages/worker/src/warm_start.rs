@@ -8,8 +8,6 @@
 //! square") is put to the encoder as what a reader finds in the image ("a red circle at the top left and a blue square at
 //! the top right"): the bridge learns to say in the base's language what the VLM has read.
 
-use std::collections::VecDeque;
-
 use burn::module::Module;
 use deepgen_contract::model::BaseModelConfig;
 use deepgen_contract::shapes::{Cell, Object, Scene, ShapesWorld, Word};
@@ -29,9 +27,7 @@ use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::ensure_finite_loss;
 use crate::flow_step::{FlowStep, Part};
-use crate::forks::on_forks;
 use crate::learner::Learner;
-use crate::micro_batches::MicroBatches;
 use crate::optimize::{AdamW, GradientSum, schedule_factor};
 use crate::padded_ids::pad_right;
 
@@ -46,8 +42,6 @@ pub struct WarmStart {
     num_tokens: usize,
     optimizer: AdamW,
     gradients: GradientSum,
-    /// Batches of this update that were computed before their turn, by their step.
-    ahead: VecDeque<(u64, JobResult<(f64, GradientSum)>)>,
     schedule: Schedule,
     /// Batches per update, as in the training that follows.
     accumulation: u64,
@@ -89,7 +83,6 @@ impl WarmStart {
             num_tokens: config.num_tokens,
             optimizer: AdamW::new(&optimizer),
             gradients: GradientSum::default(),
-            ahead: VecDeque::new(),
             schedule,
             accumulation: accumulation.max(1),
             reader: Reader::new(&world).map_err(JobError::input)?,
@@ -102,38 +95,36 @@ impl WarmStart {
         self.settings.iters.next_multiple_of(self.accumulation)
     }
 
-    /// Makes iteration `step` on the texts of its batch; an update follows the last of every
-    /// `accumulation`. Up to `at_a_time` batches of an update are computed at a time; the update does not depend on it.
+    /// Makes one iteration on the texts of `batch`; an update follows the last of every `accumulation`.
     ///
     /// # Errors
-    /// When a batch cannot be read, a text does not fit the padding, or the loss or the gradients are not finite: nothing is
-    /// changed by them.
+    /// When a text does not fit the padding, or the loss or the gradients are not finite: nothing is changed by them.
     pub fn step(
         &mut self,
         learner: &mut Learner<DeepGen>,
-        source: &mut MicroBatches,
-        at_a_time: usize,
+        flow: &FlowStep,
+        batch: &Batch,
         step: u64,
     ) -> JobResult<Metrics> {
-        if self.ahead.front().is_none_or(|(known, _)| *known != step) {
-            let last = if at_a_time > 1 { step + self.accumulation - step % self.accumulation } else { step + 1 };
-            let batches = (step..last).map(|step| source.next(step)).collect::<JobResult<Vec<_>>>()?;
-            let flow = &source.flow;
-            let targets = batches.iter().map(|batch| self.target(batch, flow)).collect::<JobResult<Vec<_>>>()?;
-            let scale = 1.0 / self.accumulation as f64;
-            let found = on_forks(learner.model(), at_a_time, batches.len(), |model, at| {
-                let loss = regression(model, flow, &batches[at], targets[at].clone(), self.num_tokens)?;
-                let value = f64::from(loss.clone().into_scalar::<f32>());
-                ensure_finite_loss(step + at as u64, "warm_start/loss", value, &batches[at].keys)?;
-                let mut gradients = GradientSum::default();
-                gradients.add(model, loss.backward(), scale);
-                Ok((value, gradients))
-            });
-            self.ahead = (step..last).zip(found).collect();
-        }
-        let (_, found) = self.ahead.pop_front().expect("it was computed above");
-        let (value, gradients) = found?;
-        self.gradients.merge(gradients);
+        let model = learner.model();
+        let plain = flow.device.clone().without_autodiff();
+        let texts: Vec<String> = match self.settings.literal {
+            true => (0..batch.texts.len()).map(|i| self.literal(batch, i)).collect::<JobResult<_>>()?,
+            false => batch.texts.clone(),
+        };
+        let ids = pad_right(&self.tokenizer, &texts, self.num_tokens, &plain)?;
+        let (sequence, pooled) = self.conditioner.forward(ids);
+        let condition = model
+            .training_condition(&flow.prompts(model, &Part::whole(batch)))
+            .or_input(|| "read the prompts of a batch")?;
+        let [b, t, d] = condition.sequence.dims();
+        let wanted = self.num_tokens.min(t);
+        let last = sequence.clone().narrow(1, self.num_tokens - 1, 1).expand([b, t - wanted, d]);
+        let target = Tensor::cat(vec![last, sequence.narrow(1, self.num_tokens - wanted, wanted)], 1);
+        let loss = relative_error(condition.sequence, target) + relative_error(condition.pooled, pooled);
+        let value = f64::from(loss.clone().into_scalar::<f32>());
+        ensure_finite_loss(step, "warm_start/loss", value, &batch.keys)?;
+        self.gradients.add(model, loss.backward(), 1.0 / self.accumulation as f64);
         let mut metrics = Metrics::from([("warm_start/loss".to_owned(), value)]);
         if !(step + 1).is_multiple_of(self.accumulation) {
             return Ok(metrics);
@@ -143,16 +134,6 @@ impl WarmStart {
         learner.replace(|model| self.optimizer.update(model, gradients, lr).0);
         metrics.insert("warm_start/lr".to_owned(), lr);
         Ok(metrics)
-    }
-
-    /// Returns the conditions of the base's own encoder for the texts of a batch: sequence and pooled vector.
-    fn target(&self, batch: &Batch, flow: &FlowStep) -> JobResult<(Tensor<3>, Tensor<2>)> {
-        let texts: Vec<String> = match self.settings.literal {
-            true => (0..batch.texts.len()).map(|i| self.literal(batch, i)).collect::<JobResult<_>>()?,
-            false => batch.texts.clone(),
-        };
-        let plain = flow.device.clone().without_autodiff();
-        Ok(self.conditioner.forward(pad_right(&self.tokenizer, &texts, self.num_tokens, &plain)?))
     }
 
     /// Returns what the encoder reads for sample `i`: the caption, or a description of the image that it determines.
@@ -187,26 +168,8 @@ impl WarmStart {
     /// # Errors
     /// When the checkpoint holds none.
     pub fn restore(&mut self, file: &WeightFile, device: &Device) -> JobResult<()> {
-        self.ahead.clear();
         self.optimizer.restore(file, &format!("{PREFIX}optimizer."), device)
     }
-}
-
-/// Returns the error of the bridge's conditions against those of the encoder, of shape [1].
-fn regression(
-    model: &DeepGen,
-    flow: &FlowStep,
-    batch: &Batch,
-    (sequence, pooled): (Tensor<3>, Tensor<2>),
-    num_tokens: usize,
-) -> JobResult<Tensor<1>> {
-    let prompts = flow.prompts(model, &Part::whole(batch));
-    let condition = model.training_condition(&prompts).or_input(|| "read the prompts of a batch")?;
-    let [b, t, d] = condition.sequence.dims();
-    let wanted = num_tokens.min(t);
-    let last = sequence.clone().narrow(1, num_tokens - 1, 1).expand([b, t - wanted, d]);
-    let target = Tensor::cat(vec![last, sequence.narrow(1, num_tokens - wanted, wanted)], 1);
-    Ok(relative_error(condition.sequence, target) + relative_error(condition.pooled, pooled))
 }
 
 /// Mean squared error over the variance of the target, which is off the tape.

@@ -143,7 +143,6 @@ impl RlTrainer {
                     optimizer: settings.optimizer.clone(),
                     accumulation: 1,
                     division: 1,
-                    at_a_time: 1,
                     total: settings.policy.iterations,
                     steps_before: 0,
                     on_non_finite: settings.policy.on_non_finite,

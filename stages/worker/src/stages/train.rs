@@ -13,7 +13,6 @@ use deepgen_contract::train::TrainSettings;
 use deepgen_data::batch::{Batch, LoadError, Loader};
 use deepgen_data::mixture::Mixture;
 use deepgen_data::sample::{SetKind, Task};
-use deepgen_model::Device;
 use deepgen_model::checkpointing::with_activation_checkpointing;
 use deepgen_model::deepgen::DeepGen;
 use deepgen_model::flow::TrainingTable;
@@ -85,8 +84,6 @@ struct StageTrainer {
     settings: TrainSettings,
     /// Parts that micro-batches, and held-out batches, are divided into.
     division: usize,
-    /// Micro-batches that are computed at a time.
-    at_a_time: usize,
     seed: u64,
 }
 
@@ -147,12 +144,10 @@ impl StageTrainer {
         };
         let division = division(loader.mixture.description().micro_batch, context);
         let steps_before = warm_start.as_ref().map_or(0, WarmStart::iters);
-        let at_a_time = at_a_time(settings, division, context);
         let rule = UpdateRule {
             optimizer: settings.optimizer.clone(),
             accumulation: settings.train.accumulation,
             division,
-            at_a_time,
             total: settings.train.max_iters,
             steps_before,
             on_non_finite: settings.train.on_non_finite,
@@ -178,7 +173,6 @@ impl StageTrainer {
             samples,
             settings: settings.clone(),
             division,
-            at_a_time,
             seed,
         })
     }
@@ -188,8 +182,9 @@ impl StageTrainer {
     }
 
     fn warm_step(&mut self, step: u64, context: &mut JobContext) -> JobResult<Metrics> {
+        let batch = self.batches.next(step)?;
         let warm = self.warm_start.as_mut().expect("warm steps exist only with a warm start");
-        match warm.step(&mut self.learner, &mut self.batches, self.at_a_time, step) {
+        match warm.step(&mut self.learner, &self.batches.flow, &batch, step) {
             Err(error) if error.cause == FailureCause::NonFinite => {
                 let kept = self.batches.keep_as(step, step, &error.message, context);
                 leave_out(self.settings.train.on_non_finite, error, kept, context)?;
@@ -198,14 +193,6 @@ impl StageTrainer {
             result => result,
         }
     }
-}
-
-/// Returns the micro-batches that are computed at a time: on a CPU as many as the job has threads, because each by itself
-/// leaves most of them idle. Where memory is short, which both settings say, one.
-fn at_a_time(settings: &TrainSettings, division: usize, context: &JobContext) -> usize {
-    let is_short = division > 1 || settings.train.activation_checkpointing;
-    let is_cpu = context.device == Device::flex();
-    if is_cpu && !is_short { context.spec.threads.max(1) } else { 1 }
 }
 
 /// Returns the parts that the micro-batches are divided into because an earlier attempt ran out of memory.
