@@ -122,7 +122,7 @@ fn every_kind_of_source_is_told_and_counted() {
         ("images/metadata.jsonl", &[], ("json_lines", "generation", 7, 7)),
         ("shards/a-0.tar", &[], ("tar", "generation", 7, 7)),
         ("shards", &[], ("tar", "generation", 14, 14)),
-        ("shards/*.gz", &[], ("tar", "generation", 7, 7)),
+        ("shards/*.tar.gz", &[], ("tar", "generation", 7, 7)),
         ("prompts.txt", &[], ("prompts", "prompts", 7, 7)),
         ("prompts", &[], ("prompts", "prompts", 7, 7)),
     ];
