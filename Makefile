@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz
+.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint lint-cloud build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -41,6 +41,8 @@ fmt:
 lint:
 	cargo clippy --locked --all-targets -- -D warnings
 	cargo clippy --release --locked $(HEAVY) --all-targets -- -D warnings
+
+lint-cloud:            ## the object stores, which few builds have: several minutes for their dependencies
 	cargo clippy --locked -p deepgen-data --features cloud --all-targets -- -D warnings
 
 base: build            ## makes the base weights of the shapes world anew (about 10 minutes on 2 cores)
