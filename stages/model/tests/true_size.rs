@@ -82,8 +82,7 @@ fn draw(folder: &Path, spec: &ModelSpec) {
 }
 
 #[test]
-#[ignore = "writes 14 GB and takes minutes: cargo test --release -p deepgen-model -p deepgen-worker --test true_size -- \
-            --ignored --nocapture"]
+#[ignore = "writes 14 GB and takes minutes: make test-true-size"]
 fn the_whole_model_is_drawn_saved_loaded_and_run_within_this_machine() {
     let folder = tempfile::tempdir().unwrap();
     let watch = Watch::start();

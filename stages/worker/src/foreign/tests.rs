@@ -328,7 +328,7 @@ fn what_is_exported_is_what_the_libraries_loaded() {
 }
 
 #[test]
-#[ignore = "needs DEEPGEN_PYTHON, a Python with torch, transformers, diffusers and peft"]
+#[ignore = "needs DEEPGEN_PYTHON, a Python with torch, transformers, diffusers and peft: make test-exports"]
 fn the_python_libraries_load_what_is_exported() {
     let python = std::env::var("DEEPGEN_PYTHON").expect("DEEPGEN_PYTHON names a Python");
     let dir = tempfile::tempdir().unwrap();
