@@ -47,7 +47,7 @@ struct NodeStatus {
     node: NodeName,
     stage: String,
     status: NodeState,
-    fingerprint: String,
+    fingerprint: Fingerprint,
     seconds: Option<f64>,
     pace: Option<Pace>,
 }
@@ -160,7 +160,7 @@ fn run_status(layout: &Layout, run: &str, view: &RunView) -> RunStatus {
             node: node.clone(),
             stage,
             status: view.state(node).clone(),
-            fingerprint: fingerprint.to_string(),
+            fingerprint,
             seconds: seen.and_then(|seen| seconds(seen, is_running)),
             pace,
         }
