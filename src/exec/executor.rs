@@ -54,7 +54,7 @@ pub enum ExecError {
 
 /// Starts jobs and follows them.
 pub trait Executor {
-    /// Writes the job directory of `job`, gives its attempt the lease, and starts a worker on it.
+    /// Writes the job directory of `job`, gives an attempt after the first the lease, and starts a worker on it.
     ///
     /// # Errors
     /// When no worker was started.

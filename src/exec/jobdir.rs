@@ -30,7 +30,7 @@ pub struct Lease {
     pub attempt: u32,
     /// Host of its worker.
     pub host: String,
-    /// Its worker; absent from just before the start until just after.
+    /// Its worker; absent from just before the start until it has lived for a moment.
     pub worker: Option<ProcessId>,
 }
 

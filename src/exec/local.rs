@@ -81,7 +81,9 @@ impl LocalExecutor {
     fn follow(&mut self, node: &NodeName, attempt: u32, job: Followed, watched: Watched) {
         let Followed { folder, command } = job;
         let reports = self.reports.clone();
-        let (begun, killed_before) = (Instant::now(), memory::num_killed());
+        // Of a command nothing follows from it.
+        let killed_before = if command.is_none() { memory::num_killed() } else { None };
+        let begun = Instant::now();
         let follower = Follower { node: node.clone(), attempt, folder, command, reports, begun, killed_before };
         tokio::spawn(follower.run(watched));
     }
@@ -94,14 +96,13 @@ impl Executor for LocalExecutor {
         let folder = dir.create(job, &self.host).map_err(at)?;
         let child = self.spawn(job, &folder)?;
         let process = ProcessId::of(child.id().unwrap_or_default());
-        // Without this line a later orchestrator finds the worker by its command line.
-        dir.give_lease(job.attempt, &self.host, Some(process)).map_err(at)?;
         self.running.insert(job.node.clone(), process);
         let command = match &job.settings {
             Settings::Command(settings) => Some(settings.clone()),
             _ => None,
         };
-        self.follow(&job.node, job.attempt, Followed { folder, command }, Watched::Child(child));
+        let lease = Unwritten { dir, host: self.host.clone(), process };
+        self.follow(&job.node, job.attempt, Followed { folder, command }, Watched::Child(child, Some(lease)));
         Ok(())
     }
 
@@ -133,20 +134,42 @@ struct Followed {
 
 /// The process behind an attempt.
 enum Watched {
-    Child(Child),
+    /// A child, with the lease that names it until that is written.
+    Child(Child, Option<Unwritten>),
     Other(Option<ProcessId>),
+}
+
+/// The lease of a process that has just begun. Most commands end before anybody could ask for it: it is written for those that
+/// live on, and until then a later orchestrator finds the process by its environment.
+struct Unwritten {
+    dir: JobDir,
+    host: String,
+    process: ProcessId,
+}
+
+impl Unwritten {
+    fn write(self, attempt: u32) {
+        if let Err(error) = self.dir.give_lease(attempt, &self.host, Some(self.process)) {
+            tracing::warn!(%error, "cannot write down which process has the job");
+        }
+    }
 }
 
 impl Watched {
     /// Waits for the end of the process, at most one poll long.
-    async fn ended(&mut self) -> Option<LastSeen> {
+    async fn ended(&mut self, attempt: u32) -> Option<LastSeen> {
         match self {
-            Self::Child(child) => match tokio::time::timeout(POLL, child.wait()).await {
+            Self::Child(child, lease) => match tokio::time::timeout(POLL, child.wait()).await {
                 Ok(Ok(status)) => {
                     Some(LastSeen { code: status.code(), words: describe(status), signal: status.signal() })
                 }
                 Ok(Err(error)) => Some(LastSeen::unknown(format!("it cannot be waited for: {error}"))),
-                Err(_) => None,
+                Err(_) => {
+                    if let Some(lease) = lease.take() {
+                        lease.write(attempt);
+                    }
+                    None
+                }
             },
             Self::Other(Some(process)) if process.is_alive() => {
                 tokio::time::sleep(POLL).await;
@@ -188,7 +211,7 @@ impl Follower {
         let mut tail = EventTail::new(&self.folder);
         let mut logged = 0;
         let end = loop {
-            let end = watched.ended().await;
+            let end = watched.ended(self.attempt).await;
             let events = if self.command.is_none() { tail.read() } else { Vec::new() };
             // A command is heard by what it writes into its logs.
             if !events.is_empty() || (end.is_none() && self.command.is_some() && self.has_logged(&mut logged)) {
@@ -218,7 +241,9 @@ impl Follower {
         if end.signal.is_some() {
             return Ended::Died { message: format!("{}{}", end.words, self.last_words()) };
         }
-        let end = End { code, last_words: self.last_words() };
+        let has_failed = !code.is_some_and(|code| settings.is_success(code));
+        let last_words = if has_failed { self.last_words() } else { String::new() };
+        let end = End { code, last_words };
         match command::conclude(settings, &self.folder, end, self.begun.elapsed().as_secs_f64()) {
             Ok(Outcome::Done { .. }) => Ended::Done,
             Ok(Outcome::Stopped { step }) => Ended::Stopped { step },

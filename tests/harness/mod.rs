@@ -198,8 +198,9 @@ impl Project {
         });
     }
 
-    /// Returns the process of the worker that has a node's attempt.
+    /// Returns the process of the worker that has a node's attempt, when its lease says so.
     pub fn worker(&self, node: &str, attempt: u32) -> u32 {
+        self.wait_for_worker(node, attempt);
         let lease = self.job(node, attempt).with_file_name("lease.json");
         let lease: Value = serde_json::from_str(&fs::read_to_string(lease).expect("a lease")).expect("JSON");
         assert_eq!(lease["attempt"], attempt, "the lease is another attempt's");
