@@ -21,8 +21,9 @@ use super::runs::RunView;
 use super::state::{NodeRow, RunRow, State, StateError, node_row, run_row};
 use crate::run::event::RunEvent;
 
-/// Time that lines wait for others to become durable with them, unless somebody waits.
-const GROUP_TIME: Duration = Duration::from_millis(40);
+/// Time that lines wait for others to become durable with them, unless somebody waits. Only what is shown waits for it;
+/// each sync makes the file system write all the folders anew that have changed, so many of them slow down a run of short nodes.
+const GROUP_TIME: Duration = Duration::from_millis(200);
 
 /// What the thread beside is told.
 enum Order {
