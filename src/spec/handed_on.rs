@@ -10,26 +10,41 @@ use super::diagnostic::Diagnostic;
 use super::pipeline::NodeTable;
 use super::resolved::Resolved;
 
-/// Reports hand-offs of a moving average that the training does not keep.
+/// Reports hand-offs of weights that the training does not keep.
 pub fn check(resolved: &Resolved, tables: &[NodeTable], problems: &mut Vec<Diagnostic>) {
     for node in &resolved.nodes {
         let Settings::Handoff(handoff) = &node.settings else { continue };
         let training = node.inputs.get("checkpoint").and_then(|name| resolved.node(name));
-        let Some(training) = training.filter(|_| handoff.from == TrainedSource::Ema) else { continue };
-        let keeps_average = matches!(&training.settings, Settings::Train(train) if train.train.ema.is_some());
-        if keeps_average {
-            continue;
-        }
-        let message = format!("`{}` hands on the moving average of `{}`, which keeps none", node.name, training.name);
-        let problem = match &training.settings {
-            Settings::Train(_) => Diagnostic::new(message)
-                .help(format!("set `train.ema` of `{}`, or `from = \"last\"` here", training.name.base())),
-            _ => Diagnostic::new(message).help("write `from = \"last\"`: this kind of stage keeps no average"),
+        let Some(training) = training else { continue };
+        let what = match handoff.from {
+            TrainedSource::Last => continue,
+            TrainedSource::Ema => "moving average",
+            TrainedSource::Best => "best weights",
         };
+        let help = match keeping(handoff.from, &training.settings) {
+            (true, _) => continue,
+            (false, Some(setting)) => {
+                format!("set `{setting}` of `{}`, or `from = \"last\"` here", training.name.base())
+            }
+            (false, None) => "write `from = \"last\"`: this kind of stage keeps nothing else".to_owned(),
+        };
+        let message = format!("`{}` hands on the {what} of `{}`, which keeps none", node.name, training.name);
+        let problem = Diagnostic::new(message).help(help);
         let table = tables.iter().find(|table| table.name == node.name.base());
         problems.push(match table {
             Some(table) => problem.at(&table.spot, "this node"),
             None => problem,
         });
+    }
+}
+
+/// Returns whether a training keeps these weights, and the setting that makes it do so where there is one.
+fn keeping(from: TrainedSource, training: &Settings) -> (bool, Option<&'static str>) {
+    match (from, training) {
+        (TrainedSource::Last, _) => (true, None),
+        (TrainedSource::Ema, Settings::Train(train)) => (train.train.ema.is_some(), Some("train.ema")),
+        (TrainedSource::Best, Settings::Train(train)) => (train.train.keep_best, Some("train.keep_best")),
+        (TrainedSource::Best, Settings::Rl(rl)) => (rl.policy.keep_best, Some("policy.keep_best")),
+        _ => (false, None),
     }
 }

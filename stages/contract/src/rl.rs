@@ -179,6 +179,9 @@ pub struct PolicySettings {
     pub update_granularity: UpdateGranularity,
     /// What to do about a non-finite loss or gradient.
     pub on_non_finite: OnNonFinite,
+    /// Keep the weights of the evaluation with the highest total reward beside the last ones for a `handoff` that asks for them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_best: bool,
     /// Keep a block's inputs only and run it again on the way back: less memory for a third more time.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub activation_checkpointing: bool,

@@ -168,6 +168,10 @@ pub struct LoopSettings {
     /// A moving average of what trains, kept beside it; none in the release. `handoff` says which of the two goes on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ema: Option<EmaSettings>,
+    /// Keep the weights of the validation with the lowest loss, the mean over tasks, beside the last ones for a `handoff` that
+    /// asks for them.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep_best: bool,
     /// Keep a block's inputs only and run it again on the way back: less memory for a third more time.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub activation_checkpointing: bool,
@@ -267,6 +271,8 @@ pub enum TrainedSource {
     Last,
     /// Their moving average, which the training must have kept (`train.ema`).
     Ema,
+    /// Those of the best look at held-out data, which the training must have kept (`train.keep_best`, `policy.keep_best`).
+    Best,
 }
 
 impl TrainedSource {

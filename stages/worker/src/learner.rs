@@ -13,6 +13,7 @@ use deepgen_contract::train::{EmaSettings, OnNonFinite, OptimizerSettings};
 use deepgen_model::weights::WeightFile;
 use deepgen_model::{Device, Tensor};
 
+use crate::best::BestWeights;
 use crate::checkpoint::NamedTensors;
 use crate::ema::EmaWeights;
 use crate::emit::Metrics;
@@ -86,6 +87,8 @@ pub struct UpdateRule {
     pub on_non_finite: OnNonFinite,
     /// Moving average of what trains.
     pub ema: Option<EmaSettings>,
+    /// Whether the weights at the best look at held-out data are kept.
+    pub keeps_best: bool,
 }
 
 /// A module that learns.
@@ -95,6 +98,7 @@ pub struct Learner<M> {
     optimizer: AdamW,
     gradients: GradientSum,
     ema: Option<EmaWeights>,
+    best: Option<BestWeights>,
     rule: UpdateRule,
 }
 
@@ -106,6 +110,7 @@ impl<M: Module> Learner<M> {
             optimizer: AdamW::new(&rule.optimizer),
             model: Some(model),
             gradients: GradientSum::default(),
+            best: None,
             rule,
         }
     }
@@ -118,6 +123,19 @@ impl<M: Module> Learner<M> {
     /// Returns the moving average, if there is one.
     pub fn ema(&self) -> Option<&EmaWeights> {
         self.ema.as_ref()
+    }
+
+    /// Returns the weights at the best look at held-out data, if they are kept and there was one.
+    pub fn best(&self) -> Option<&BestWeights> {
+        self.best.as_ref()
+    }
+
+    /// Takes note of a look at held-out data after `step` steps; a higher score is better.
+    pub fn looked(&mut self, step: u64, score: f64) {
+        if self.rule.keeps_best {
+            let model = self.model.as_ref().expect("no update is being made");
+            BestWeights::take(&mut self.best, model, step, score);
+        }
     }
 
     /// Returns the updates made.
@@ -243,6 +261,7 @@ impl<M: Module> Learner<M> {
         let mut tensors: NamedTensors = weights.map(|(name, data)| (format!("{PREFIX}{name}"), data)).collect();
         tensors.extend(self.optimizer.tensors());
         tensors.extend(self.ema.iter().flat_map(EmaWeights::tensors));
+        tensors.extend(self.best.iter().flat_map(BestWeights::tensors));
         tensors
     }
 
@@ -255,6 +274,7 @@ impl<M: Module> Learner<M> {
         self.model = Some(model_folder::lay_over(model, file, PREFIX)?);
         self.gradients = GradientSum::default();
         self.optimizer.restore(file, optimize::PREFIX, device)?;
+        self.best = BestWeights::restored(file)?;
         match &mut self.ema {
             Some(ema) => ema.restore(file, device),
             None => Ok(()),
@@ -386,6 +406,7 @@ mod tests {
             steps_before: 0,
             on_non_finite,
             ema: Some(EmaSettings { decay: 0.9, interval: 1 }),
+            keeps_best: false,
         };
         Job { learner: Learner::new(linear, rule), losses: Toy(bad) }
     }

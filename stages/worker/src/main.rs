@@ -11,6 +11,7 @@ use deepgen_contract::job::Outcome;
 
 mod advantage;
 mod base_folder;
+mod best;
 mod checkpoint;
 mod device;
 mod ema;

@@ -18,14 +18,17 @@ use deepgen_model::weights::{self, StoredType, WeightFile};
 use deepgen_model::{Device, Tensor, lora};
 
 use crate::base_folder::TOKENIZER_FILE;
-use crate::ema::EmaWeights;
+use crate::checkpoint::NamedTensors;
 use crate::error::{JobError, JobResult, OrFail};
+use crate::learner::Learner;
 use crate::{files, precision};
 
 /// Trained parameters of a checkpoint artifact, by their names in the whole model.
 pub const TRAINED_FILE: &str = "trained.safetensors";
 /// Moving average of the trained parameters within a checkpoint artifact.
 pub const EMA_FILE: &str = "ema.safetensors";
+/// Weights at the best look at held-out data.
+pub const BEST_FILE: &str = "best.safetensors";
 /// Description of the model that they belong to.
 pub const SPEC_FILE: &str = "model.json";
 
@@ -133,19 +136,26 @@ pub fn trained<M: Module>(model: &M) -> Vec<(String, TensorData)> {
     tensors
 }
 
-/// Writes a checkpoint artifact: the parameters that trained, their moving average if there is one, and what model they
-/// belong to.
+/// Writes a checkpoint artifact: the parameters that trained, their moving average and their best if they are kept, and what
+/// model they belong to. Returns what is to be said of them.
 ///
 /// # Errors
 /// When a file cannot be written.
-pub fn write_checkpoint(model: &DeepGen, ema: Option<&EmaWeights>, out: &Path) -> JobResult<()> {
-    weights::save(&out.join(TRAINED_FILE), &trained(model), StoredType::F32, &BTreeMap::new())
-        .or_io(|| "write the trained parameters")?;
-    if let Some(ema) = ema {
-        weights::save(&out.join(EMA_FILE), &ema.averages(), StoredType::F32, &BTreeMap::new())
-            .or_io(|| "write the moving average")?;
+pub fn write_checkpoint(learner: &Learner<DeepGen>, out: &Path) -> JobResult<Vec<String>> {
+    let save = |file: &str, tensors: &NamedTensors| {
+        weights::save(&out.join(file), tensors, StoredType::F32, &BTreeMap::new()).or_io(|| format!("write {file}"))
+    };
+    save(TRAINED_FILE, &trained(learner.model()))?;
+    if let Some(ema) = learner.ema() {
+        save(EMA_FILE, &ema.averages())?;
     }
-    files::write_json(&out.join(SPEC_FILE), model.spec()).or_io(|| "write the model's description")
+    let mut notes = Vec::new();
+    if let Some(best) = learner.best() {
+        save(BEST_FILE, &best.weights)?;
+        notes.push(format!("{BEST_FILE} holds the weights after step {}", best.step));
+    }
+    files::write_json(&out.join(SPEC_FILE), learner.model().spec()).or_io(|| "write the model's description")?;
+    Ok(notes)
 }
 
 /// Returns an error with its causes in one line.

@@ -137,8 +137,16 @@ pub fn run(case: &Case, check: &mut Checker) -> ParityResult<()> {
         levels: Vec::new(),
     };
     let on_non_finite = OnNonFinite::Stop;
-    let update =
-        UpdateRule { optimizer, accumulation: 1, division: 1, total, steps_before: 0, on_non_finite, ema: None };
+    let update = UpdateRule {
+        optimizer,
+        accumulation: 1,
+        division: 1,
+        total,
+        steps_before: 0,
+        on_non_finite,
+        ema: None,
+        keeps_best: false,
+    };
     let mut trainer = CurveTrainer { learner: Learner::new(select(hub::load_dit(case)?)?, update), stated };
     let plan = FitPlan {
         total,

@@ -17,7 +17,7 @@ use super::assemble::stored_type;
 use crate::base_folder::TOKENIZER_FILE;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::job::{JobContext, JobEnd, JobReport};
-use crate::model_folder::{self, EMA_FILE, SPEC_FILE, TRAINED_FILE};
+use crate::model_folder::{self, BEST_FILE, EMA_FILE, SPEC_FILE, TRAINED_FILE};
 
 /// Writes the weights.
 ///
@@ -39,6 +39,13 @@ pub fn run(settings: &HandoffSettings, context: &mut JobContext) -> JobResult<Jo
         TrainedSource::Ema => {
             return Err(JobError::input(
                 "`from = \"ema\"`, but the training kept no moving average: set its `train.ema`, or `from` to `last`",
+            ));
+        }
+        TrainedSource::Best if checkpoint.join(BEST_FILE).exists() => BEST_FILE,
+        TrainedSource::Best => {
+            return Err(JobError::input(
+                "`from = \"best\"`, but the training kept no best weights: set its `train.keep_best` (`policy.keep_best` \
+                 of stage 3), or `from` to `last`",
             ));
         }
     };

@@ -72,7 +72,7 @@ pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd>
         FitEnd::Finished(metrics) => metrics,
         FitEnd::Stopped(step) => return Ok(JobEnd::Stopped(step)),
     };
-    model_folder::write_checkpoint(trainer.learner.model(), None, &context.out())?;
+    notes.extend(model_folder::write_checkpoint(&trainer.learner, &context.out())?);
     notes.push(format!("{} updates of the optimiser", trainer.learner.updates()));
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
@@ -147,6 +147,7 @@ impl RlTrainer {
                     steps_before: 0,
                     on_non_finite: settings.policy.on_non_finite,
                     ema: None,
+                    keeps_best: settings.policy.keep_best,
                 },
             ),
             tokenizer: model_folder::load_tokenizer(&weights)?,
@@ -399,7 +400,11 @@ impl Trainer for RlTrainer {
                 }
             }
         }
-        Ok(metrics.means())
+        let metrics = metrics.means();
+        if let Some(total) = metrics.get("evaluation/total") {
+            self.learner.looked(step, *total);
+        }
+        Ok(metrics)
     }
 
     fn tensors(&self) -> NamedTensors {

@@ -70,7 +70,7 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
     if let Some(samples) = &trainer.samples {
         samples.finish(context)?;
     }
-    model_folder::write_checkpoint(trainer.learner.model(), trainer.learner.ema(), &context.out())?;
+    notes.extend(model_folder::write_checkpoint(&trainer.learner, &context.out())?);
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
 
@@ -152,6 +152,7 @@ impl StageTrainer {
             steps_before,
             on_non_finite: settings.train.on_non_finite,
             ema: settings.train.ema,
+            keeps_best: settings.train.keep_best,
         };
         let held_out = held_out_batches(&loader)?;
         let wanted = settings.samples.as_ref().filter(|samples| samples.every > 0 && !samples.prompts.is_empty());
@@ -241,7 +242,7 @@ impl Trainer for StageTrainer {
         self.learner.iterate(&mut self.batches, step - warm, context)
     }
 
-    fn validate(&mut self, _step: u64, context: &mut JobContext) -> JobResult<Metrics> {
+    fn validate(&mut self, step: u64, context: &mut JobContext) -> JobResult<Metrics> {
         let model = self.learner.model().clone().valid();
         let flow = FlowStep {
             table: self.batches.flow.table.clone(),
@@ -269,6 +270,11 @@ impl Trainer for StageTrainer {
                 }
             }
             metrics.insert(loss_name("validation", *task), sum / count);
+        }
+        if !metrics.is_empty() {
+            // Both tasks count alike.
+            let mean = metrics.values().sum::<f64>() / metrics.len() as f64;
+            self.learner.looked(step, -mean);
         }
         Ok(metrics)
     }
