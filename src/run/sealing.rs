@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use deepgen_contract::artifact::{Environment, MANIFEST_VERSION, Manifest};
 use deepgen_contract::job::{OUT_DIR, Outcome};
+use deepgen_contract::stage::StageKind;
 
 use crate::exec::jobdir::{self, EventTail, JobDir};
 use crate::plan::PlannedNode;
@@ -66,7 +67,8 @@ impl Sealing {
             own => dir.attempts().into_iter().filter(|attempt| *attempt < own).collect(),
         };
         let spans: Vec<_> = earlier.iter().filter_map(|attempt| span_ms(&dir, *attempt)).collect();
-        let own = span_ms(&dir, self.attempt);
+        // A command tells of no events.
+        let own = if self.node.node.kind == StageKind::Command { None } else { span_ms(&dir, self.attempt) };
         let earlier_seconds: f64 = spans.iter().map(|(first, last)| last.saturating_sub(*first) as f64 / 1000.0).sum();
         let resolved = &self.node.node;
         let device = if resolved.settings.uses_device() { resolved.device.clone() } else { "cpu".into() };

@@ -145,6 +145,21 @@ fn vlm_config(hub: &Value, pad: u32) -> VlmConfig {
     }
 }
 
+fn dit_config(config: &Value) -> DitConfig {
+    DitConfig {
+        sample_size: number(config, "sample_size"),
+        patch_size: number(config, "patch_size"),
+        in_channels: number(config, "in_channels"),
+        num_layers: number(config, "num_layers"),
+        num_attention_heads: number(config, "num_attention_heads"),
+        attention_head_dim: number(config, "attention_head_dim"),
+        joint_attention_dim: number(config, "joint_attention_dim"),
+        pooled_projection_dim: number(config, "pooled_projection_dim"),
+        pos_embed_max_size: number(config, "pos_embed_max_size"),
+        num_dual_attention_layers: config["dual_attention_layers"].as_array().unwrap().len(),
+    }
+}
+
 /// Splits the fixture's `(1, rows, columns)` patch grids into merged-token grids with their patch rows.
 fn patch_rows(pixels: &Tensor<2>, grids: &[Vec<i64>], merge: usize) -> Vec<(Grid, Tensor<3>)> {
     let mut start = 0;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::FloatDType;
 use deepgen_contract::model::{
-    BaseModelConfig, BridgeConfig, BridgeLayers, DitConfig, LoraConfig, LoraTargets, ModelSpec, Padding, VaeConfig,
+    BaseModelConfig, BridgeConfig, BridgeLayers, LoraConfig, LoraTargets, ModelSpec, Padding, VaeConfig,
 };
 use deepgen_model::Tensor;
 use deepgen_model::bridge::Bridge;
@@ -20,26 +20,9 @@ use deepgen_model::vlm::{PromptBatch, hub_name};
 use deepgen_model::weights::{StoredType, for_each_param, load_into};
 use serde_json::Value;
 
-use super::{
-    Case, FORWARD, GRADIENT, check_gradients, close, close_values, connector_config, norm, number, vlm_config,
-};
+use super::{Case, FORWARD, GRADIENT, check_gradients, close, close_values, dit_config, number, vlm_config};
 
 const WHOLE: f64 = 3e-4;
-
-fn dit_config(config: &Value) -> DitConfig {
-    DitConfig {
-        sample_size: number(config, "sample_size"),
-        patch_size: number(config, "patch_size"),
-        in_channels: number(config, "in_channels"),
-        num_layers: number(config, "num_layers"),
-        num_attention_heads: number(config, "num_attention_heads"),
-        attention_head_dim: number(config, "attention_head_dim"),
-        joint_attention_dim: number(config, "joint_attention_dim"),
-        pooled_projection_dim: number(config, "pooled_projection_dim"),
-        pos_embed_max_size: number(config, "pos_embed_max_size"),
-        num_dual_attention_layers: config["dual_attention_layers"].as_array().unwrap().len(),
-    }
-}
 
 /// The whole tiny model of the `deepgen_*` cases, adapters attached.
 fn deepgen(pad: u32) -> DeepGen {
