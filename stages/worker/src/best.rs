@@ -4,6 +4,7 @@
 //! keeps what an undisturbed one would.
 
 use burn::module::Module;
+use burn::tensor::TensorData;
 use deepgen_model::weights::WeightFile;
 
 use crate::checkpoint::NamedTensors;
@@ -14,7 +15,7 @@ use crate::optimize::{join_count, split_count};
 /// Prefix of the weights' names in a checkpoint.
 const PREFIX: &str = "best.";
 const STEP: &str = "best_at.step";
-/// The score as the bits of an f64: a checkpoint holds f32 only.
+/// The score: a checkpoint holds f32 only.
 const SCORE: &str = "best_at.score";
 
 /// Weights and when they were.
@@ -39,8 +40,7 @@ impl BestWeights {
 
     /// Returns the state by name, for a checkpoint.
     pub fn tensors(&self) -> NamedTensors {
-        let mut tensors =
-            vec![(STEP.to_owned(), split_count(self.step)), (SCORE.to_owned(), split_count(self.score.to_bits()))];
+        let mut tensors = vec![(STEP.to_owned(), split_count(self.step)), (SCORE.to_owned(), split_bits(self.score))];
         tensors.extend(self.weights.iter().map(|(name, data)| (format!("{PREFIX}{name}"), data.clone())));
         tensors
     }
@@ -58,10 +58,21 @@ impl BestWeights {
         let weights = names.into_iter().map(|name| Ok((name[PREFIX.len()..].to_owned(), file.get(name).or_io(doing)?)));
         Ok(Some(Self {
             step: join_count(&file.get(STEP).or_io(doing)?),
-            score: f64::from_bits(join_count(&file.get(SCORE).or_io(doing)?)),
+            score: join_bits(&file.get(SCORE).or_io(doing)?),
             weights: weights.collect::<JobResult<_>>()?,
         }))
     }
+}
+
+/// Returns the bits of a number, 16 in each float.
+fn split_bits(number: f64) -> TensorData {
+    let bits = number.to_bits();
+    TensorData::new((0..4).map(|part| ((bits >> (16 * part)) & 0xFFFF) as f32).collect::<Vec<f32>>(), [4])
+}
+
+/// Returns the number that [`split_bits`] split.
+fn join_bits(data: &TensorData) -> f64 {
+    f64::from_bits(data.iter::<f32>().enumerate().fold(0, |bits, (part, value)| bits | (value as u64) << (16 * part)))
 }
 
 #[cfg(test)]
