@@ -102,7 +102,7 @@ impl Executor for LocalExecutor {
             _ => None,
         };
         let lease = Unwritten { dir, host: self.host.clone(), process };
-        self.follow(&job.node, job.attempt, Followed { folder, command }, Watched::Child(child, Some(lease)));
+        self.follow(&job.node, job.attempt, Followed { folder, command }, Watched::Child(Box::new(child), Some(lease)));
         Ok(())
     }
 
@@ -135,7 +135,7 @@ struct Followed {
 /// The process behind an attempt.
 enum Watched {
     /// A child, with the lease that names it until that is written.
-    Child(Child, Option<Unwritten>),
+    Child(Box<Child>, Option<Unwritten>),
     Other(Option<ProcessId>),
 }
 
