@@ -22,7 +22,7 @@ test-true-size:        ## the 5B model made, saved, loaded and run once: 14 GB o
 	cargo test --release --locked $(HEAVY) --test true_size -- --ignored --nocapture
 
 test-exports:          ## the Python libraries load what we export (DEEPGEN_PYTHON=... has torch, transformers, diffusers, peft)
-	cargo test --release --locked -p deepgen-worker foreign -- --ignored --nocapture
+	cargo test --release --locked $(HEAVY) foreign -- --ignored --nocapture
 
 parity: build          ## every number of the reference implementations against ours, tensor by tensor
 	$(TARGET)/release/deepgen-worker parity tests/fixtures/parity
