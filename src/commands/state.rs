@@ -13,6 +13,7 @@ use crate::environment;
 use crate::progress::format::now_ms;
 use crate::store::lock::{Holder, Lock};
 use crate::store::state::State;
+use crate::store::verification::verify;
 
 /// Arguments of `deepgen state`.
 #[derive(Debug, clap::Args)]
@@ -44,9 +45,9 @@ pub fn state(args: &StateArgs) -> Result<Exit> {
     let _lock = Lock::take(&layout.state().join("lock"), &holder)?;
     match args.what {
         What::Verify => {
-            let differences = State::verify(&layout)?;
-            differences.iter().for_each(|difference| println!("{difference}"));
-            if differences.is_empty() {
+            let found = verify(&layout)?;
+            found.differences.iter().chain(&found.behind).for_each(|line| println!("{line}"));
+            if found.differences.is_empty() {
                 println!("the state agrees with the journals");
                 return Ok(Exit::Done);
             }

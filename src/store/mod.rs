@@ -18,6 +18,7 @@ pub mod saved;
 pub mod sealed;
 pub mod state;
 pub mod tail;
+pub mod verification;
 
 pub use artifacts::ArtifactStore;
 pub use external::FileHashes;

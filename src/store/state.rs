@@ -160,31 +160,16 @@ impl State {
         Ok((state, vec![format!("rebuilt the state of {} runs from their journals ({why}){old}", truth.len())]))
     }
 
-    /// Compares every row with the journals and returns what differs, changing nothing.
+    /// Opens the state without a look at the journals: what it holds may be damaged or behind them.
     ///
     /// # Errors
-    /// When the database or a journal cannot be read.
-    pub fn verify(layout: &Layout) -> Result<Vec<String>, StateError> {
+    /// When the database cannot be read.
+    pub fn open_as_it_is(layout: &Layout) -> Result<Self, StateError> {
         let path = layout.state().join(DB_DIR);
         let state = guarded(&path, || Self::open_db(&path))?;
-        let rows = guarded(&path, || state.run_rows())?;
-        let truth = journal_tails(layout)?;
-        let mut differences: Vec<String> = rows
-            .keys()
-            .filter(|run| !truth.contains_key(*run))
-            .map(|run| format!("{run} is in the state and has no journal"))
-            .collect();
-        for run in truth.keys() {
-            let view = RunView::read(&layout.run(run))?;
-            let nodes = view.nodes.keys().filter_map(|node| Some((node.clone(), node_row(&view, node)?)));
-            if rows.get(run) != Some(&run_row(&view)) {
-                differences.push(format!("{run} differs from its journal"));
-            }
-            if guarded(&path, || state.node_rows(run))? != nodes.collect() {
-                differences.push(format!("nodes of {run} differ from its journal"));
-            }
-        }
-        Ok(differences)
+        guarded(&path, || state.run_rows())?;
+        guarded(&path, || state.all_nodes())?;
+        Ok(state)
     }
 
     fn open_db(path: &Path) -> Result<Self, StateError> {
@@ -372,6 +357,7 @@ mod tests {
     use super::*;
     use crate::run::event::{Origin, RunEvent};
     use crate::store::recorder::Recorder;
+    use crate::store::verification::{Verification, verify};
 
     /// Makes a run with one finished node and returns its layout.
     fn project() -> (tempfile::TempDir, Layout) {
@@ -418,7 +404,7 @@ mod tests {
     #[test]
     fn the_state_reopens_as_it_was() {
         let (_dir, layout) = project();
-        assert_eq!(State::verify(&layout).unwrap(), Vec::<String>::new());
+        assert_eq!(verify(&layout).unwrap(), Verification::default());
         assert_holds_the_run(&layout, None);
     }
 
@@ -464,7 +450,9 @@ mod tests {
         let (_dir, layout) = project();
         let mut journal = journal::Journal::open(&layout.run("r1").join(JOURNAL_FILE)).unwrap();
         journal.append(&[RunEvent::RunFinished { result: RunResult::Done }], 5).unwrap();
-        assert_eq!(State::verify(&layout).unwrap(), ["r1 differs from its journal"]);
+        let found = verify(&layout).unwrap();
+        assert_eq!(found.differences, Vec::<String>::new());
+        assert!(found.behind[0].contains("lacks the last 1 of 3 lines"), "{found:?}");
         let (state, repairs) = State::open(&layout, 9).unwrap();
         assert!(repairs[0].contains("up to its journal"), "{repairs:?}");
         assert_eq!(state.run_rows().unwrap()["r1"].result, Some(RunResult::Done));
