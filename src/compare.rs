@@ -215,7 +215,9 @@ pub fn metrics(node: &NodeName, left: &BTreeMap<String, f64>, right: &BTreeMap<S
 
 /// Returns the parts of a sealed result's identity.
 pub fn parts_of(manifest: &Manifest) -> Vec<Part> {
-    let of = crate::plan::Sources { seed: manifest.seed, inputs: &manifest.inputs, content: &manifest.content };
+    let (inputs, content) =
+        (manifest.inputs.clone().into_iter().collect(), manifest.content.clone().into_iter().collect());
+    let of = crate::plan::Sources { seed: manifest.seed, inputs: &inputs, content: &content };
     let leaves = manifest.settings.get("settings").map_or_else(Vec::new, value_leaves);
     crate::plan::parts(manifest.stage_kind.name(), manifest.code_version, leaves, &of)
 }

@@ -1,12 +1,12 @@
 //! `deepgen explain`: one node's settings with the origin of every value, what its fingerprint is made of, its ports,
 //! why it would run, what differs from its newest result, and what it is expected to cost.
 
-use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use deepgen_contract::stage::Ports;
+use litemap::LiteMap;
 use serde::Serialize;
 
 use super::table::Table;
@@ -202,13 +202,13 @@ pub fn node_text(plan: &Plan, planned: &PlannedNode, story: &Story) -> String {
     text
 }
 
-fn amounts(slots: &BTreeMap<String, f64>) -> String {
+fn amounts(slots: &LiteMap<String, f64>) -> String {
     let amounts: Vec<String> = slots.iter().map(|(name, amount)| format!("{amount} {name}")).collect();
     if amounts.is_empty() { "no slot".to_owned() } else { amounts.join(", ") }
 }
 
 /// Returns where a leaf was written; an item of a list was written where the list was.
-fn origin(origins: &BTreeMap<String, Origin>, key: &str) -> String {
+fn origin(origins: &LiteMap<String, Origin>, key: &str) -> String {
     let mut key = key;
     loop {
         if let Some(origin) = origins.get(key) {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use deepgen_contract::id::NodeName;
+use litemap::LiteMap;
 use serde::Serialize;
 
 use super::selection::Selection;
@@ -80,7 +81,7 @@ struct NodeJson<'a> {
     /// Its own identity, where a person accepted another's result in its place.
     #[serde(skip_serializing_if = "Option::is_none")]
     stands_for: Option<String>,
-    inputs: &'a BTreeMap<String, NodeName>,
+    inputs: &'a LiteMap<String, NodeName>,
     verdict: String,
     /// Why it runs, in words.
     #[serde(skip_serializing_if = "Option::is_none")]

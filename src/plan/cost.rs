@@ -233,7 +233,14 @@ mod tests {
                 bytes: 1000,
                 sealed_ms: 1,
             };
-            (planned.fingerprint, PastResult { job, settings: node.settings.clone(), inputs: planned.inputs.clone() })
+            (
+                planned.fingerprint,
+                PastResult {
+                    job,
+                    settings: node.settings.clone(),
+                    inputs: planned.inputs.clone().into_iter().collect(),
+                },
+            )
         };
         let all = past_jobs(plan.nodes.iter().map(result).collect());
         all.into_iter().filter(|job| job.node.0 == node).collect()
@@ -289,7 +296,7 @@ mod tests {
         for planned in &mut plan.nodes {
             let node = std::sync::Arc::make_mut(&mut planned.node);
             node.device = if node.kind.uses_device() { "cuda:1".into() } else { "cpu".into() };
-            node.slots = [("gpu".to_owned(), 2.0)].into();
+            node.slots = [("gpu".to_owned(), 2.0)].into_iter().collect();
         }
         let costs = Costs::of(&plan, &jobs);
         assert!((costs.nodes[&NodeName("sft".into())].gpu_hours - 1.0).abs() < 1e-9);

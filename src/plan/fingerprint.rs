@@ -10,6 +10,7 @@ use std::fmt;
 use deepgen_contract::id::Fingerprint;
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
+use litemap::LiteMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -28,9 +29,9 @@ pub struct Identity<'a> {
     /// Seed of the job.
     pub seed: u64,
     /// Fingerprints of its inputs by port.
-    pub inputs: &'a BTreeMap<String, Fingerprint>,
+    pub inputs: &'a LiteMap<String, Fingerprint>,
     /// Hashes of external content by settings key.
-    pub content: &'a BTreeMap<String, String>,
+    pub content: &'a LiteMap<String, String>,
 }
 
 /// What a part belongs to, in the order in which differences are named.
@@ -104,9 +105,9 @@ pub struct Sources<'a> {
     /// Seed of the job.
     pub seed: u64,
     /// Fingerprints of its inputs by port.
-    pub inputs: &'a BTreeMap<String, Fingerprint>,
+    pub inputs: &'a LiteMap<String, Fingerprint>,
     /// Hashes of external content by settings key.
-    pub content: &'a BTreeMap<String, String>,
+    pub content: &'a LiteMap<String, String>,
 }
 
 /// Returns every part of an identity whose settings are given by their leaves.
@@ -215,8 +216,8 @@ mod tests {
 
     fn identity<'a>(
         settings: &'a Settings,
-        inputs: &'a BTreeMap<String, Fingerprint>,
-        content: &'a BTreeMap<String, String>,
+        inputs: &'a LiteMap<String, Fingerprint>,
+        content: &'a LiteMap<String, String>,
     ) -> Identity<'a> {
         Identity { stage_kind: StageKind::Assemble, code_version: 1, settings, seed: 42, inputs, content }
     }
@@ -225,9 +226,9 @@ mod tests {
     fn each_part_changes_the_fingerprint_and_is_the_one_named() {
         let settings = Settings::Assemble(AssembleSettings { dtype: FloatKind::Bf16 });
         let other = Settings::Assemble(AssembleSettings { dtype: FloatKind::F32 });
-        let inputs = BTreeMap::from([("vae".to_owned(), Fingerprint([1; 32]))]);
-        let moved = BTreeMap::from([("vae".to_owned(), Fingerprint([2; 32]))]);
-        let (none, content) = (BTreeMap::new(), BTreeMap::from([("path".to_owned(), "ab".to_owned())]));
+        let inputs = LiteMap::from_iter([("vae".to_owned(), Fingerprint([1; 32]))]);
+        let moved = LiteMap::from_iter([("vae".to_owned(), Fingerprint([2; 32]))]);
+        let (none, content) = (LiteMap::new(), LiteMap::from_iter([("path".to_owned(), "ab".to_owned())]));
         let base = identity(&settings, &inputs, &none);
         let changes = [
             (identity(&other, &inputs, &none), Section::Setting, "dtype"),
@@ -248,7 +249,7 @@ mod tests {
     #[test]
     fn the_encoding_is_fixed_because_sealed_artifacts_are_found_by_it() {
         let settings = Settings::Assemble(AssembleSettings { dtype: FloatKind::Bf16 });
-        let (inputs, content) = (BTreeMap::new(), BTreeMap::new());
+        let (inputs, content) = (LiteMap::new(), LiteMap::new());
         let fingerprint = identity(&settings, &inputs, &content).fingerprint();
         insta::assert_snapshot!(fingerprint);
     }

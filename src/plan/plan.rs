@@ -9,6 +9,7 @@ use std::sync::Arc;
 use deepgen_contract::id::{Fingerprint, NodeName};
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
+use litemap::LiteMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -41,9 +42,9 @@ pub struct NodeRecord {
     /// The table of its resolved settings as it was saved: settings of an older program need not parse any more.
     pub settings: Value,
     /// Fingerprints of its inputs by port.
-    pub inputs: BTreeMap<String, Fingerprint>,
+    pub inputs: LiteMap<String, Fingerprint>,
     /// Hashes of the external content it was made from by settings key; empty when they were not recorded.
-    pub content: BTreeMap<String, String>,
+    pub content: LiteMap<String, String>,
 }
 
 impl NodeRecord {
@@ -77,9 +78,9 @@ pub struct PlannedNode {
     /// The node's own identity, where a person accepted another's result in its place.
     pub stands_for: Option<Fingerprint>,
     /// Fingerprints of the inputs by port.
-    pub inputs: BTreeMap<String, Fingerprint>,
+    pub inputs: LiteMap<String, Fingerprint>,
     /// Hashes of the external content that its settings name, by settings key.
-    pub content: BTreeMap<String, String>,
+    pub content: LiteMap<String, String>,
     /// True when `--smoke` cut it, or something that it is made from, to a few steps: its result is no real one.
     pub is_smoke: bool,
     /// What will be done.
@@ -234,8 +235,8 @@ impl PlannedNode {
 }
 
 /// Returns the content hash of each external path by settings key, and what is missing.
-pub fn external_content(settings: &Settings, files: &dyn ExternalFiles) -> (BTreeMap<String, String>, Vec<Missing>) {
-    let (mut content, mut missing) = (BTreeMap::new(), Vec::new());
+pub fn external_content(settings: &Settings, files: &dyn ExternalFiles) -> (LiteMap<String, String>, Vec<Missing>) {
+    let (mut content, mut missing) = (LiteMap::new(), Vec::new());
     for external in settings.external_paths() {
         match files.content_hash(&external.path) {
             Some(hash) => drop(content.insert(external.key, hash)),

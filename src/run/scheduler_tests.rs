@@ -1,6 +1,7 @@
 //! The scheduler as a table: events in, actions out; no clock, no process.
 
 use deepgen_contract::id::Fingerprint;
+use litemap::LiteMap;
 use proptest::prelude::*;
 
 use crate::run::slots::Request;
@@ -31,7 +32,7 @@ fn entry(node: &str, inputs: &[&str]) -> Entry {
 }
 
 fn cpu(share: f64) -> Request {
-    Request { shares: BTreeMap::from([("cpu".to_owned(), share)]), ids: BTreeMap::new() }
+    Request { shares: LiteMap::from_iter([("cpu".to_owned(), share)]), ids: BTreeMap::new() }
 }
 
 fn rules(cpu: f64) -> Rules {
@@ -282,7 +283,7 @@ fn nothing_starts_after_the_first_failure_unless_the_run_keeps_going() {
 #[test]
 fn a_higher_priority_starts_first_and_gpus_are_told_apart() {
     let gpu = |node, priority| {
-        let shares = BTreeMap::from([("gpu".to_owned(), 1.0)]);
+        let shares = LiteMap::from_iter([("gpu".to_owned(), 1.0)]);
         Entry { request: Request { shares, ids: BTreeMap::new() }, priority, ..entry(node, &[]) }
     };
     let capacity = BTreeMap::from([("gpu".to_owned(), 2.0)]);

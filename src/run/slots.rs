@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use litemap::LiteMap;
+
 /// Shares are sums of decimal fractions; a third and two thirds must fit into one.
 const TOLERANCE: f64 = 1e-9;
 
@@ -15,7 +17,7 @@ pub const GPU: &str = "gpu";
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Request {
     /// Share of each slot.
-    pub shares: BTreeMap<String, f64>,
+    pub shares: LiteMap<String, f64>,
     /// Things that must be had, and no others, by slot.
     pub ids: BTreeMap<String, Vec<u32>>,
 }
@@ -131,7 +133,7 @@ mod tests {
     use super::*;
 
     fn request(slot: &str, share: f64) -> Request {
-        Request { shares: BTreeMap::from([(slot.to_owned(), share)]), ids: BTreeMap::new() }
+        Request { shares: LiteMap::from_iter([(slot.to_owned(), share)]), ids: BTreeMap::new() }
     }
 
     fn gpus(slots: &mut Slots, share: f64) -> Option<Vec<u32>> {

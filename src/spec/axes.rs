@@ -54,7 +54,7 @@ fn collect(key: &str, prefix: &str, table: &Table, axes: &mut Vec<AxisTable>, pr
         let axis = path::join(prefix, name);
         match &tree.value {
             Value::List(values) if !values.is_empty() => {
-                axes.push(AxisTable { key: axis, spot: spot.clone(), values: values.clone() });
+                axes.push(AxisTable { key: axis, spot: spot.clone(), values: values.to_vec() });
             }
             Value::Table(inner) => collect(key, &axis, inner, axes, problems),
             other => {
@@ -91,7 +91,7 @@ pub fn parse_exclude(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) -> 
         problems.push(Diagnostic::new(message).at(&tree.spot, "expected a list"));
         return all;
     };
-    for item in items {
+    for item in items.iter() {
         let Some(table) = item.table() else {
             let message = format!("`{key}` lists {}, but must list tables of axes and values", item.value.kind());
             problems.push(Diagnostic::new(message).at(&item.spot, "expected a table"));
@@ -114,7 +114,7 @@ fn collect_exclusion(prefix: &str, table: &Table, entries: &mut Vec<(String, Spo
         let axis = path::join(prefix, name);
         match &tree.value {
             Value::Table(inner) => collect_exclusion(&axis, inner, entries),
-            Value::List(values) => entries.push((axis, spot.clone(), values.clone())),
+            Value::List(values) => entries.push((axis, spot.clone(), values.to_vec())),
             _ => entries.push((axis, spot.clone(), vec![tree.clone()])),
         }
     }

@@ -2,9 +2,8 @@
 //!
 //! Sees the typed settings for what they say and the tree for where they say it.
 
-use std::collections::BTreeMap;
-
 use deepgen_contract::command::{CommandSettings, PLACEHOLDERS, Piece, Placeholder, is_inside, pieces};
+use litemap::LiteMap;
 
 use super::diagnostic::{Diagnostic, quoted_list};
 use super::pipeline::NodeTable;
@@ -15,7 +14,7 @@ pub fn check<T>(
     command: &CommandSettings,
     settings: &Tree,
     table: &NodeTable,
-    inputs: &BTreeMap<String, T>,
+    inputs: &LiteMap<String, T>,
     problems: &mut Vec<Diagnostic>,
 ) {
     let wrong = |message: String, spot: &Spot, label: &str| Diagnostic::new(message).at(spot, label);

@@ -15,10 +15,10 @@
 //!
 //! Knows nothing of stages: it sees tables, wires and values.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use deepgen_contract::id::NodeName;
+use litemap::LiteMap;
 
 use super::axes::{Axes, AxisTable};
 use super::diagnostic::Diagnostic;
@@ -69,7 +69,7 @@ pub struct Instance {
     /// Its axis values.
     pub points: Vec<Point>,
     /// Instance wired to each port.
-    pub inputs: BTreeMap<String, usize>,
+    pub inputs: LiteMap<String, usize>,
     /// Instances that must be done before.
     pub needs: Vec<usize>,
 }
@@ -155,7 +155,7 @@ fn label(at: usize, value: &Tree) -> String {
 #[derive(Debug, Clone, Default)]
 struct Draft {
     points: Vec<Point>,
-    inputs: BTreeMap<String, usize>,
+    inputs: LiteMap<String, usize>,
 }
 
 impl Draft {

@@ -44,7 +44,7 @@ fn included_files_lie_below_the_file_and_their_paths_are_their_own() {
     );
     assert_eq!(text_of(&a.settings, "/source/path"), "\"parts/sets/p.txt\"");
     assert_eq!(text_of(&node(&resolved, "b").settings, "/source/path"), "\"parts/p.txt\"");
-    assert_eq!(a.origins["source.path"].to_string(), "parts/nodes.toml:7");
+    assert_eq!(a.origins.get("source.path").unwrap().to_string(), "parts/nodes.toml:7");
 }
 
 #[test]
@@ -326,7 +326,14 @@ fn a_project_without_stage_files_has_the_built_in_ones_and_a_file_of_its_own_sta
     assert_eq!(built_in.root, folder.path());
     assert_eq!(text_of(&node(&built_in, "w").settings, "/filters/min_side"), "15");
     assert_eq!(text_of(&node(&built_in, "base").settings, "/path"), "\"stages/base/shapes\"");
-    assert!(node(&built_in, "w").origins["filters.min_side"].to_string().starts_with("built-in stages/prepare.toml:"));
+    assert!(
+        node(&built_in, "w")
+            .origins
+            .get("filters.min_side")
+            .unwrap()
+            .to_string()
+            .starts_with("built-in stages/prepare.toml:")
+    );
 
     std::fs::create_dir(path("stages")).unwrap();
     let own = include_str!("../../stages/prepare.toml").replace("min_side = 15", "min_side = 9");

@@ -35,10 +35,7 @@ impl Reader<'_> {
     fn tree(&mut self, source: &Arc<Source>, open: &mut Vec<PathBuf>) -> Tree {
         let (mut tree, errors) = tree::parse(source);
         self.problems.extend(errors);
-        let included = match &mut tree.value {
-            Value::Table(table) => table.remove(INCLUDE),
-            _ => None,
-        };
+        let included = tree.table_mut().and_then(|table| table.remove(INCLUDE));
         let Some(entry) = included else {
             self.rank(source);
             return tree;
@@ -62,7 +59,7 @@ impl Reader<'_> {
 
     fn paths(&mut self, tree: &Tree) -> Vec<(String, Spot)> {
         let items = match &tree.value {
-            Value::List(items) => items.as_slice(),
+            Value::List(items) => items,
             _ => std::slice::from_ref(tree),
         };
         let mut paths = Vec::new();

@@ -85,7 +85,7 @@ pub fn load(path: &Path, overrides: &Overrides) -> Result<Resolved, Vec<Diagnost
     let resolved = match kind_of(&tree) {
         FileKind::Experiment => Experiment::parse(&tree, &mut problems)
             .and_then(|experiment| experiment.resolve(&mut project, &file, &request, &mut problems)),
-        FileKind::Pipeline => Some(resolve(&mut project, (&file, &tree), &request, &mut problems).resolved),
+        FileKind::Pipeline => Some(resolve(&mut project, (&file, tree), &request, &mut problems).resolved),
         FileKind::Stage => {
             let problem = Diagnostic::new(format!("`{}` is a stage file", path.display()));
             let kind = tree.get("kind").map_or(&tree.spot, |kind| &kind.spot);
@@ -135,8 +135,9 @@ pub fn check(path: &Path, overrides: &Overrides) -> Vec<Diagnostic> {
         }
         FileKind::Pipeline => {
             let request = overrides.request(&mut problems);
-            let names = resolve(&mut project, (path, &tree), &request, &mut problems);
-            let mut again = |request: Request| drop(resolve(&mut project, (path, &tree), &request, &mut problems));
+            let names = resolve(&mut project, (path, tree.clone()), &request, &mut problems);
+            let mut again =
+                |request: Request| drop(resolve(&mut project, (path, tree.clone()), &request, &mut problems));
             if request.profile.is_none() {
                 for profile in &names.profiles {
                     again(Request { profile: Some(Request::argument("profile", profile)), ..request.clone() });
@@ -162,7 +163,7 @@ pub fn names(path: &Path) -> Option<Names> {
         tree = merged(&project, &project.read(&file).ok()?, &mut problems);
     }
     // A file with problems still has names.
-    let outcome = resolve(&mut project, (&file, &tree), &Request::default(), &mut problems);
+    let outcome = resolve(&mut project, (&file, tree), &Request::default(), &mut problems);
     let nodes = outcome.resolved.nodes.iter().map(|node| node.name.0.clone()).collect();
     Some(Names { nodes, profiles: outcome.profiles, variants: outcome.variants })
 }

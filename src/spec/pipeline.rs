@@ -163,6 +163,7 @@ impl Pipeline {
         if let Some(tree) = root.tree("executor") {
             pipeline.executor = parse_executor("executor", tree, problems);
         }
+        pipeline.nodes.reserve_exact(nodes.len());
         for (name, spot, tree) in nodes {
             let key = format!("node.{name}");
             if name.contains('[') {

@@ -5,13 +5,14 @@
 //! reader's. Works on merged settings before their types are checked.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 use super::diagnostic::Diagnostic;
 use super::expand::Instance;
 use super::path;
 use super::pipeline::NodeTable;
 use super::scope::{ENV, HEADER, Scope};
-use super::tree::{Entry, Spot, Tree, Value};
+use super::tree::{Entry, Spot, Table, Tree, Value};
 use super::wiring::split_selector;
 
 /// Longest text that references may make, in bytes.
@@ -83,9 +84,14 @@ fn may_be_in_name(c: char) -> bool {
 
 /// Replaces, everywhere in `tree`, the texts all of whose references belong to the scope; others are left for later.
 pub fn substitute(tree: &mut Tree, scope: &Scope, problems: &mut Vec<Diagnostic>) {
+    if !tree.has_marks() {
+        return;
+    }
     match &mut tree.value {
-        Value::Table(table) => table.values_mut().for_each(|entry| substitute(&mut entry.tree, scope, problems)),
-        Value::List(items) => items.iter_mut().for_each(|item| substitute(item, scope, problems)),
+        Value::Table(table) => {
+            Arc::make_mut(table).iter_mut().for_each(|(_, entry)| substitute(&mut entry.tree, scope, problems));
+        }
+        Value::List(items) => Arc::make_mut(items).iter_mut().for_each(|item| substitute(item, scope, problems)),
         Value::Text(text) if is_marked(text) => {
             // What is no reference is reported with the settings, unless a shell may have it.
             let Ok(found) = pieces(text, true) else { return };
@@ -207,8 +213,8 @@ impl<'a> References<'a> {
         let value = match &tree.value {
             Value::Text(text) if is_marked(text) => return self.marked(at, key, text, &tree.spot, stack),
             Value::Table(table) => {
-                let mut all = Some(super::tree::Table::new());
-                for (name, entry) in table {
+                let mut all = Some(Table::with_capacity(table.len()));
+                for (name, entry) in table.iter() {
                     // The others are looked at too, so that all problems are found at once.
                     let inner = self.tree(at, &path::join(key, name), &entry.tree, stack);
                     match (inner, &mut all) {
@@ -218,7 +224,7 @@ impl<'a> References<'a> {
                         _ => all = None,
                     }
                 }
-                Value::Table(all?)
+                all?.into()
             }
             Value::List(items) => {
                 let items: Vec<Option<Tree>> = items

@@ -3,7 +3,6 @@
 //!
 //! Knows the order of these steps, no disk but through [`Project`], and nothing of what was computed before.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
@@ -75,24 +74,24 @@ pub struct Outcome {
 /// Reads the stage files that a whole pipeline file uses and resolves it; problems are added to `problems`.
 pub fn resolve(
     project: &mut Project,
-    (file, tree): (&Path, &Tree),
+    (file, mut tree): (&Path, Tree),
     request: &Request,
     problems: &mut Vec<Diagnostic>,
 ) -> Outcome {
-    let header = Header::parse(tree, problems);
+    let header = Header::parse(&tree, problems);
     let seed = header_seed(&header, &request.assignments, problems);
     let chosen = request.profile.as_ref().or(header.profile.as_ref()).cloned();
     let profile = chosen.as_ref().map_or_else(|| DEFAULT_PROFILE.to_owned(), |(name, _)| name.clone());
-    let scope = scope(project, tree, (&header, seed, &profile), problems);
+    let scope = scope(project, &tree, (&header, seed, &profile), problems);
     // Outside settings a name of the scope counts at once; inside, it waits for the layers to be merged.
-    let mut tree = Cow::Borrowed(tree);
     if tree.has_marks()
-        && let Value::Table(table) = &mut tree.to_mut().value
+        && let Some(table) = tree.table_mut()
     {
         let open = table.iter_mut().filter(|(key, _)| *key != "env" && *key != HEADER);
         open.for_each(|(_, entry)| substitute(&mut entry.tree, &scope, problems));
     }
-    let pipeline = Pipeline::parse(&tree, header, problems);
+    let mut pipeline = Pipeline::parse(&tree, header, problems);
+    drop(tree);
     for (stage, spot) in pipeline.nodes.iter().filter_map(|node| node.stage.as_ref()) {
         project.read_stage(stage, spot, problems);
     }
@@ -109,7 +108,7 @@ pub fn resolve(
         .filter_map(|name| of(&pipeline.profiles, name))
         .chain(variants.iter().filter_map(|name| of(&pipeline.variants, name)))
         .collect();
-    let tables = tables_under(&pipeline, &chosen, problems);
+    let mut tables = tables_under(std::mem::take(&mut pipeline.nodes), &pipeline, &chosen, problems);
     let kind_of = |table: &NodeTable| Some(project.stage(&table.stage.as_ref()?.0)?.kind);
     let kinds: Vec<Option<StageKind>> = tables.iter().map(kind_of).collect();
     let made: Vec<Option<Made>> = tables.iter().map(|table| made(project, table)).collect();
@@ -119,6 +118,8 @@ pub fn resolve(
     let layers = Layers { project, instances: &pipeline.instances, chosen: &chosen, request, profiles: &profiles };
     check_selectors(&layers, &tables, &instances, problems);
     let drafts: Vec<_> = instances.iter().map(|i| layers.draft(&tables[i.table], i, kinds[i.table])).collect();
+    // The layers have been merged: what they held is in the drafts, and of thousands of nodes there is no second copy.
+    tables.iter_mut().for_each(|table| table.set = None);
     let (settings, rest): (Vec<Option<Tree>>, Vec<_>) =
         drafts.into_iter().map(|draft| (draft.settings, (draft.run, draft.when))).unzip();
     let mut references = References::new(&tables, &instances, &settings, &scope);
@@ -138,6 +139,8 @@ pub fn resolve(
     let unmet: Vec<Option<String>> = conditions.enumerate().map(|(at, when)| facts.broken(at, when?)).collect();
     problems.append(&mut references.problems);
     let presence = decide(&mut instances, &kinds, unmet);
+    // From here on most trees have one owner, and changing one copies nothing.
+    drop(settings);
     let mut typing = Typing { executor: &executor, seed, root: &project.root, problems };
     let mut nodes: Vec<Arc<ResolvedNode>> = Vec::new();
     for (at, (instance, (settings, (run, _)))) in instances.iter().zip(replaced.into_iter().zip(&rest)).enumerate() {
@@ -274,8 +277,12 @@ fn chain(
 }
 
 /// Returns the node tables with the axes that the chosen layers change; reports nodes of layers that do not exist.
-fn tables_under(pipeline: &Pipeline, chosen: &[Layer], problems: &mut Vec<Diagnostic>) -> Vec<NodeTable> {
-    let mut tables = pipeline.nodes.clone();
+fn tables_under(
+    mut tables: Vec<NodeTable>,
+    pipeline: &Pipeline,
+    chosen: &[Layer],
+    problems: &mut Vec<Diagnostic>,
+) -> Vec<NodeTable> {
     for layer in chosen {
         for table in &mut tables {
             for axis in layer.over.get(&table.name).into_iter().flat_map(|axes| &axes.over) {
@@ -286,7 +293,7 @@ fn tables_under(pipeline: &Pipeline, chosen: &[Layer], problems: &mut Vec<Diagno
             }
         }
     }
-    let names: BTreeSet<&str> = pipeline.nodes.iter().map(|node| node.name.as_str()).collect();
+    let names: BTreeSet<&str> = tables.iter().map(|node| node.name.as_str()).collect();
     let layers = || pipeline.profiles.values().chain(pipeline.variants.values());
     let written = layers().flat_map(|layer| &layer.nodes).chain(&pipeline.instances);
     let written = written.map(|instance| (&instance.selector, &instance.spot));

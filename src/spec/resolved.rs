@@ -10,6 +10,7 @@ use std::sync::Arc;
 use deepgen_contract::id::NodeName;
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
+use litemap::LiteMap;
 use serde::{Deserialize, Serialize};
 
 use super::load::Overrides;
@@ -126,9 +127,9 @@ pub struct ResolvedNode {
     /// Typed settings.
     pub settings: Settings,
     /// Where each leaf of the settings came from, by dotted key.
-    pub origins: BTreeMap<String, Origin>,
+    pub origins: LiteMap<String, Origin>,
     /// Node wired to each port.
-    pub inputs: BTreeMap<String, NodeName>,
+    pub inputs: LiteMap<String, NodeName>,
     /// Seed of the job.
     pub seed: u64,
     /// Device of the job.
@@ -140,7 +141,7 @@ pub struct ResolvedNode {
     pub peak_tflops: Option<f64>,
     /// Share of the executor's slots that the job takes. A share of at most 1 of `gpu` lies on one GPU; a larger one
     /// takes whole GPUs, and the job's device names the first of them (`cuda:1`).
-    pub slots: BTreeMap<String, f64>,
+    pub slots: LiteMap<String, f64>,
     /// Identities that the job must have, where the file lists them (`gpu = [0, 1]`): all of each is taken, and its
     /// share in `slots` is their number. The node waits until exactly these are free.
     #[serde(default, skip_serializing_if = "is_default")]

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use deepgen_contract::settings::schema;
 use deepgen_contract::stage::StageKind;
@@ -182,7 +182,7 @@ impl Check<'_> {
                 }
             }
             (Shape::Map(item), Value::Table(table)) => {
-                for (name, entry) in table {
+                for (name, entry) in table.iter() {
                     self.value(&path::join(key, name), &entry.tree, item);
                 }
             }
@@ -270,7 +270,7 @@ impl Check<'_> {
         let names = || words.iter().chain(payloads.keys()).map(String::as_str);
         let all: Vec<&str> = names().collect();
         if let Some(table) = tree.table().filter(|table| table.len() == 1)
-            && let Some((name, entry)) = table.first_key_value()
+            && let Some((name, entry)) = table.first()
             && let Some(shape) = payloads.get(name)
         {
             return self.value(&path::join(key, name), &entry.tree, shape);
@@ -314,21 +314,21 @@ impl Shape {
             // An address of an object store is relative to nothing.
             (Self::Path, Value::Text(text)) if text.contains("://") => {}
             (Self::Path, Value::Text(text)) => *text = from_root(root, &tree.spot.source.folder, text),
-            (Self::List(item, _), Value::List(items)) => {
-                items.iter_mut().for_each(|tree| item.settle_paths(tree, root))
+            (Self::List(item, _), Value::List(items)) if item.may_hold_paths() => {
+                Arc::make_mut(items).iter_mut().for_each(|tree| item.settle_paths(tree, root));
             }
-            (Self::Map(item), Value::Table(table)) => {
-                table.values_mut().for_each(|entry| item.settle_paths(&mut entry.tree, root));
+            (Self::Map(item), Value::Table(table)) if item.may_hold_paths() => {
+                Arc::make_mut(table).iter_mut().for_each(|(_, entry)| item.settle_paths(&mut entry.tree, root));
             }
-            (Self::Fields(fields), Value::Table(table)) => settle_fields(fields, table, root),
+            (Self::Fields(fields), Value::Table(table)) => settle_fields(fields, Arc::make_mut(table), root),
             (Self::Tagged(variants), Value::Table(table)) => {
                 let kind = table.get("kind").and_then(|entry| entry.tree.text()).map(str::to_owned);
                 if let Some(fields) = kind.and_then(|kind| variants.get(&kind)) {
-                    settle_fields(fields, table, root);
+                    settle_fields(fields, Arc::make_mut(table), root);
                 }
             }
             (Self::Choice(_, payloads), Value::Table(table)) => {
-                for (name, entry) in table {
+                for (name, entry) in Arc::make_mut(table).iter_mut() {
                     if let Some(shape) = payloads.get(name) {
                         shape.settle_paths(&mut entry.tree, root);
                     }
@@ -336,6 +336,11 @@ impl Shape {
             }
             _ => {}
         }
+    }
+
+    /// Returns false when no value of this shape has a path in it, as far as is seen at once.
+    fn may_hold_paths(&self) -> bool {
+        !matches!(self, Self::Any | Self::Bool | Self::Int(..) | Self::Number | Self::Text)
     }
 
     fn expectation(&self) -> &'static str {

@@ -73,14 +73,14 @@ fn cap(tree: &mut Tree, keys: &[String], most: i64, source: &Arc<Source>) {
             tree.spot = source.spot(0, source.text.len());
         }
         (Value::Table(table), [key, rest @ ..]) => {
-            if let Some(entry) = table.get_mut(key) {
+            if let Some(entry) = Arc::make_mut(table).get_mut(key) {
                 cap(&mut entry.tree, rest, most, source);
             }
         }
         (Value::List(items), keys) => {
             let lowered = source.spot(0, source.text.len());
             let before: Vec<serde_json::Value> = items.iter().map(Tree::json).collect();
-            items.iter_mut().for_each(|item| cap(item, keys, most, source));
+            Arc::make_mut(items).iter_mut().for_each(|item| cap(item, keys, most, source));
             // The origin of a list is one for all of it.
             if items.iter().map(Tree::json).ne(before) {
                 tree.spot = lowered;
@@ -109,7 +109,7 @@ mod tests {
         let node = |name: &str| resolved.nodes.iter().find(|node| node.name.0 == name).unwrap();
         let Settings::Train(pretrain) = &node("pretrain").settings else { panic!("pretrain trains") };
         assert_eq!((pretrain.train.max_iters, pretrain.train.accumulation, pretrain.warm_start.iters), (2, 1, 2));
-        assert_eq!(node("pretrain").origins["train.max_iters"], Origin::Smoke);
+        assert_eq!(node("pretrain").origins.get("train.max_iters"), Some(&Origin::Smoke));
         let Settings::Train(sft) = &node("sft").settings else { panic!("sft trains") };
         assert_eq!(sft.train.max_iters, 3, "--set counts more");
         let Settings::Generate(images) = &node("images[geneval,handoff-2]").settings else { panic!("images") };

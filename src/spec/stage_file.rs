@@ -38,7 +38,7 @@ impl StageFile {
     /// Reads a whole stage file; nothing when its kind is not known.
     pub fn parse(mut tree: Tree, problems: &mut Vec<Diagnostic>) -> Option<Self> {
         let root = tree.spot.clone();
-        let Value::Table(table) = &mut tree.value else { return None };
+        let table = tree.table_mut()?;
         let [kind, description, profile] = STAGE_KEYS.map(|key| table.remove(key));
         let kind = match &kind {
             Some(entry) => parse_kind(&entry.tree, problems)?,
@@ -57,7 +57,7 @@ impl StageFile {
         if let Some(entry) = profile {
             match entry.tree.value {
                 Value::Table(table) => {
-                    for (name, entry) in table {
+                    for (name, entry) in Arc::unwrap_or_clone(table) {
                         let marked = entry.tree.in_profile(&Arc::from(name.as_str()));
                         profiles.insert(name, marked);
                     }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
+use litemap::LiteMap;
 
 use super::assignment::Assignment;
 use super::axes::{Axes, AxisTable, parse_exclude, parse_over, parse_zip};
@@ -119,7 +120,7 @@ impl Experiment {
             let profile = request.profile.clone().or_else(|| self.profile.clone());
             let variants = variant.uses.iter().chain(&request.variants).cloned().collect();
             let request = Request { profile, variants, assignments, is_smoke: request.is_smoke };
-            resolved.push(resolve(project, (&pipeline_file, &tree), &request, problems).resolved);
+            resolved.push(resolve(project, (&pipeline_file, tree.clone()), &request, problems).resolved);
         }
         self.check_metrics(&resolved, problems);
         if !problems.is_empty() {
@@ -265,7 +266,7 @@ fn unite(tables: &[VariantTable], resolved: &[Resolved]) -> (Vec<Arc<ResolvedNod
 
 fn fingerprints(resolved: &Resolved) -> BTreeMap<&NodeName, Fingerprint> {
     let mut all: BTreeMap<&NodeName, Fingerprint> = BTreeMap::new();
-    let content = BTreeMap::new();
+    let content = LiteMap::new();
     for node in &resolved.nodes {
         let inputs = node.inputs.iter().map(|(port, input)| (port.clone(), all[input])).collect();
         let identity = Identity {

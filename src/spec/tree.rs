@@ -1,11 +1,12 @@
 //! TOML as a tree in which every key and value remembers where it was written, and the rule by which trees merge.
 //!
-//! Knows nothing of stages or pipelines.
+//! A copy of a tree shares its lists and tables with it until one of the two changes: the same settings stand in the
+//! file, in a node's table and in the merged settings. Knows nothing of stages or pipelines.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+use litemap::LiteMap;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -125,13 +126,13 @@ pub enum Value {
     /// A date or time; no setting has one.
     Date,
     /// A list.
-    List(Vec<Tree>),
+    List(Arc<[Tree]>),
     /// A table.
-    Table(Table),
+    Table(Arc<Table>),
 }
 
-/// Entries by key.
-pub type Table = BTreeMap<String, Entry>;
+/// Entries in order of their keys, in one block: a file may hold ten thousands of tables of two or three.
+pub type Table = LiteMap<String, Entry>;
 
 /// A key's place and its value.
 #[derive(Debug, Clone)]
@@ -157,16 +158,30 @@ impl Value {
     }
 }
 
+impl From<Table> for Value {
+    fn from(table: Table) -> Self {
+        Self::Table(Arc::new(table))
+    }
+}
+
 impl Tree {
     /// Returns an empty table at `spot`.
     pub fn empty(spot: Spot) -> Self {
-        Self { spot, value: Value::Table(Table::new()), via: None }
+        Self { spot, value: Value::from(Table::default()), via: None }
     }
 
     /// Returns the table, if it is one.
     pub fn table(&self) -> Option<&Table> {
         match &self.value {
             Value::Table(table) => Some(table),
+            _ => None,
+        }
+    }
+
+    /// Returns the table, if it is one, to change it: no copy of this tree sees the change.
+    pub fn table_mut(&mut self) -> Option<&mut Table> {
+        match &mut self.value {
+            Value::Table(table) => Some(Arc::make_mut(table)),
             _ => None,
         }
     }
@@ -193,7 +208,9 @@ impl Tree {
         let changes_kind = over.kind_key().is_some() && over.kind_key() != self.kind_key();
         match (&mut self.value, over.value) {
             (Value::Table(below), Value::Table(above)) if !changes_kind => {
-                for (key, entry) in above {
+                let below = Arc::make_mut(below);
+                let mut new = Vec::new();
+                for (key, entry) in Arc::unwrap_or_clone(above) {
                     match below.get_mut(&key) {
                         Some(old) => {
                             if old.tree.table().is_none() || entry.tree.table().is_none() {
@@ -201,11 +218,10 @@ impl Tree {
                             }
                             old.tree.merge(entry.tree);
                         }
-                        None => {
-                            below.insert(key, entry);
-                        }
+                        None => new.push((key, entry)),
                     }
                 }
+                below.extend(new);
             }
             (_, value) => *self = Tree { spot: over.spot, value, via: over.via },
         }
@@ -225,17 +241,20 @@ impl Tree {
     pub fn nested(self, keys: &[String], key: &Spot) -> Self {
         keys.iter().rev().fold(self, |tree, part| {
             let spot = tree.spot.clone();
-            let table = Table::from([(part.clone(), Entry { key: key.clone(), tree })]);
-            Tree { spot, value: Value::Table(table), via: None }
+            let table = Table::from_iter([(part.clone(), Entry { key: key.clone(), tree })]);
+            Tree { spot, value: table.into(), via: None }
         })
     }
 
     /// Replaces quoted keys that hold dots, such as `"optimizer.lr"`, by the tables that they spell.
     pub fn undotted(self) -> Self {
+        if !self.has_dotted_keys() {
+            return self;
+        }
         let Value::Table(table) = self.value else { return self };
         let mut all = Tree::empty(self.spot);
         // In order of writing, so that of two spellings of one key the later counts.
-        let mut entries: Vec<_> = table.into_iter().collect();
+        let mut entries: Vec<_> = Arc::unwrap_or_clone(table).into_iter().collect();
         entries.sort_by_key(|(_, entry)| entry.key.order());
         for (key, entry) in entries {
             let mut keys = path::split(&key);
@@ -248,20 +267,27 @@ impl Tree {
         all
     }
 
+    fn has_dotted_keys(&self) -> bool {
+        self.table().is_some_and(|table| {
+            table
+                .iter()
+                .any(|(key, entry)| key.contains(['.', '"']) || key.trim() != key || entry.tree.has_dotted_keys())
+        })
+    }
+
     /// Marks everything as written in a profile's table.
     pub fn in_profile(mut self, profile: &Arc<str>) -> Self {
         self.spot.profile = Some(profile.clone());
         self.value = match self.value {
-            Value::List(items) => Value::List(items.into_iter().map(|item| item.in_profile(profile)).collect()),
-            Value::Table(table) => Value::Table(
-                table
-                    .into_iter()
-                    .map(|(key, mut entry)| {
-                        entry.key.profile = Some(profile.clone());
-                        (key, Entry { key: entry.key, tree: entry.tree.in_profile(profile) })
-                    })
-                    .collect(),
-            ),
+            Value::List(items) => Value::List(items.iter().map(|item| item.clone().in_profile(profile)).collect()),
+            Value::Table(table) => Arc::unwrap_or_clone(table)
+                .into_iter()
+                .map(|(key, mut entry)| {
+                    entry.key.profile = Some(profile.clone());
+                    (key, Entry { key: entry.key, tree: entry.tree.in_profile(profile) })
+                })
+                .collect::<Table>()
+                .into(),
             other => other,
         };
         self
@@ -271,7 +297,7 @@ impl Tree {
     pub fn leaves(&self, prefix: &str, visit: &mut impl FnMut(String, &Tree)) {
         match &self.value {
             Value::Table(table) => {
-                for (key, entry) in table {
+                for (key, entry) in table.iter() {
                     entry.tree.leaves(&path::join(prefix, key), visit);
                 }
             }
@@ -305,7 +331,7 @@ pub const NOT_TOML: &str = "this is not TOML";
 pub fn parse(source: &Arc<Source>) -> (Tree, Vec<Diagnostic>) {
     let (document, errors) = DeTable::parse_recoverable(&source.text);
     let whole = source.spot(0, 0);
-    let tree = Tree { spot: whole.clone(), value: Value::Table(table(document.into_inner(), source, 0)), via: None };
+    let tree = Tree { spot: whole.clone(), value: table(document.into_inner(), source, 0).into(), via: None };
     let diagnostics = errors.iter().filter_map(|error| syntax_error(error, &tree, &whole)).collect();
     (tree, diagnostics)
 }
@@ -334,7 +360,8 @@ fn spot<T>(spanned: &Spanned<T>, source: &Arc<Source>, offset: usize) -> Spot {
     source.spot(spanned.span().start + offset, spanned.span().end + offset)
 }
 
-fn table(table: DeTable<'_>, source: &Arc<Source>, offset: usize) -> Table {
+/// Returns the tree of a table that was parsed from the text of `source` from byte `offset` on.
+pub fn table(table: DeTable<'_>, source: &Arc<Source>, offset: usize) -> Table {
     table
         .into_iter()
         .map(|(key, value)| {
@@ -357,7 +384,7 @@ fn convert(value: Spanned<DeValue<'_>>, source: &Arc<Source>, offset: usize) -> 
         DeValue::Boolean(value) => Value::Bool(value),
         DeValue::Datetime(_) => Value::Date,
         DeValue::Array(items) => Value::List(items.into_iter().map(|item| convert(item, source, offset)).collect()),
-        DeValue::Table(entries) => Value::Table(table(entries, source, offset)),
+        DeValue::Table(entries) => table(entries, source, offset).into(),
     };
     Tree { spot, value, via: None }
 }

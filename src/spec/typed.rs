@@ -8,6 +8,7 @@ use std::path::Path;
 
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
+use litemap::LiteMap;
 
 use super::command;
 use super::diagnostic::Diagnostic;
@@ -18,7 +19,7 @@ use super::resolve::{amounts, identities};
 use super::resolved::{Executor, Origin, ResolvedNode};
 use super::run_table::RunTable;
 use super::shape::{self, Check};
-use super::tree::{Tree, Value};
+use super::tree::Tree;
 
 /// What all nodes share.
 pub struct Typing<'a> {
@@ -32,7 +33,7 @@ pub struct Typing<'a> {
     pub problems: &'a mut Vec<Diagnostic>,
 }
 
-type Shares = (BTreeMap<String, f64>, BTreeMap<String, Vec<u32>>);
+type Shares = (LiteMap<String, f64>, BTreeMap<String, Vec<u32>>);
 
 impl Typing<'_> {
     /// Returns a node without its edges; nothing when its settings are wrong.
@@ -53,17 +54,17 @@ impl Typing<'_> {
         let uses_device = typed.uses_device();
         let (slots, slot_ids) = self.slots(table, uses_device, run);
         let limit = |seconds: Option<f64>| seconds.filter(|seconds| *seconds > 0.0);
-        let mut origins: BTreeMap<String, Origin> = BTreeMap::new();
+        let mut origins: Vec<(String, Origin)> = Vec::new();
         settings.leaves("", &mut |key, tree| {
-            origins.insert(key, tree.spot.origin());
+            origins.push((key, tree.spot.origin()));
         });
         Some(ResolvedNode {
             name: instance.name.clone(),
             stage: stage.to_owned(),
             kind,
             settings: typed,
-            origins,
-            inputs: BTreeMap::new(),
+            origins: origins.into_iter().collect(),
+            inputs: LiteMap::new(),
             seed: run.seed.unwrap_or(self.seed),
             device: if uses_device { self.executor.device.clone() } else { "cpu".to_owned() },
             threads: if uses_device { self.executor.threads } else { 1 },
@@ -150,16 +151,15 @@ impl Typing<'_> {
             };
             self.problems.push(problem);
         }
-        (amounts(slots), identities(slots))
+        (amounts(slots).into_iter().collect(), identities(slots))
     }
 }
 
 /// Takes out the settings of members that are left out.
 fn drop_members(settings: &mut Tree, lost: &[String], kind: StageKind) {
-    if let Value::Table(table) = &mut settings.value
-        && kind == StageKind::Mix
-        && let Some(members) = table.get_mut("members")
-        && let Value::Table(members) = &mut members.tree.value
+    if kind == StageKind::Mix
+        && let Some(members) = settings.table_mut().and_then(|table| table.get_mut("members"))
+        && let Some(members) = members.tree.table_mut()
     {
         lost.iter().for_each(|name| drop(members.remove(name)));
     }

@@ -74,7 +74,7 @@ fn entries(key: &str, above: &[String], tree: &Tree, all: &mut Vec<Condition>, p
                     continue;
                 }
                 let values = match value {
-                    Value::List(items) => items.clone(),
+                    Value::List(items) => items.to_vec(),
                     _ => vec![inner.clone()],
                 };
                 all.push(Condition::Fits { keys, spot: spot.clone(), values });

@@ -216,8 +216,8 @@ impl Known for ArtifactStore {
             code_version: manifest.code_version,
             seed: manifest.seed,
             settings: manifest.settings.get("settings").cloned().unwrap_or_default(),
-            inputs: manifest.inputs,
-            content: manifest.content,
+            inputs: manifest.inputs.into_iter().collect(),
+            content: manifest.content.into_iter().collect(),
         })
     }
 }

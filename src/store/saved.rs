@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use deepgen_contract::id::{Fingerprint, NodeName};
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
+use litemap::LiteMap;
 use serde::de::DeserializeOwned;
 use serde::ser::SerializeStruct;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -80,10 +81,10 @@ pub struct SavedPlanned {
     pub stands_for: Option<Fingerprint>,
     /// Fingerprints of the inputs by port.
     #[serde(default)]
-    pub inputs: BTreeMap<String, Fingerprint>,
+    pub inputs: LiteMap<String, Fingerprint>,
     /// Hashes of external content by settings key; unknown before version 2.
     #[serde(default)]
-    pub content: BTreeMap<String, String>,
+    pub content: LiteMap<String, String>,
     /// True when it was cut to a few steps by `--smoke`.
     #[serde(default)]
     pub is_smoke: bool,
@@ -111,10 +112,10 @@ pub struct SavedNode {
     pub settings: Value,
     /// Where each leaf of the settings came from.
     #[serde(default, deserialize_with = "understood")]
-    pub origins: BTreeMap<String, Origin>,
+    pub origins: LiteMap<String, Origin>,
     /// Node wired to each port.
     #[serde(default)]
-    pub inputs: BTreeMap<String, NodeName>,
+    pub inputs: LiteMap<String, NodeName>,
     /// Seed of the job.
     #[serde(default)]
     pub seed: u64,
@@ -126,7 +127,7 @@ pub struct SavedNode {
     pub threads: usize,
     /// Share of the executor's slots.
     #[serde(default, deserialize_with = "or_default")]
-    pub slots: BTreeMap<String, f64>,
+    pub slots: LiteMap<String, f64>,
 }
 
 fn one() -> u32 {
@@ -139,9 +140,7 @@ fn or_default<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(deserial
 }
 
 /// Reads the entries of a map that this program understands.
-fn understood<'de, D: Deserializer<'de>, T: DeserializeOwned>(
-    deserializer: D,
-) -> Result<BTreeMap<String, T>, D::Error> {
+fn understood<'de, D: Deserializer<'de>, T: DeserializeOwned>(deserializer: D) -> Result<LiteMap<String, T>, D::Error> {
     let all = BTreeMap::<String, Value>::deserialize(deserializer)?;
     Ok(all.into_iter().filter_map(|(key, value)| Some((key, serde_json::from_value(value).ok()?))).collect())
 }
