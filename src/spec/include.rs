@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use super::diagnostic::Diagnostic;
 use super::location;
+use super::pieces;
 use super::project::Project;
-use super::tree::{self, Source, Spot, Tree, Value};
+use super::tree::{Source, Spot, Tree, Value};
 
 /// The key, at the top of a file.
 pub const INCLUDE: &str = "include";
@@ -33,7 +34,7 @@ struct Reader<'a> {
 impl Reader<'_> {
     /// Reads one file; `open` holds the files that are being read, outermost first.
     fn tree(&mut self, source: &Arc<Source>, open: &mut Vec<PathBuf>) -> Tree {
-        let (mut tree, errors) = tree::parse(source);
+        let (mut tree, errors) = pieces::parse(source);
         self.problems.extend(errors);
         let included = tree.table_mut().and_then(|table| table.remove(INCLUDE));
         let Some(entry) = included else {

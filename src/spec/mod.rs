@@ -18,6 +18,7 @@ mod layers;
 mod load;
 mod location;
 pub mod path;
+mod pieces;
 mod pipeline;
 mod policy;
 mod presence;
