@@ -249,16 +249,41 @@ impl MetricRef {
         Ok(Self { node: NodeName(node.to_owned()), metric: metric.to_owned() })
     }
 
-    /// Returns the value among a manifest's metrics: the exact name, else the only one that ends in `/name`.
+    /// Returns the value among a manifest's metrics: the exact name, else the score of that name (a part of a benchmark may
+    /// be called `overall` too), else the only one that ends in `/name`.
     pub fn find(&self, metrics: &BTreeMap<String, f64>) -> Option<f64> {
-        let exact = metrics.get(&self.metric).copied();
+        let of = |name: &str| metrics.get(name).copied();
         let suffix = format!("/{}", self.metric);
-        exact.or_else(|| metrics.iter().find(|(name, _)| name.ends_with(&suffix)).map(|(_, value)| *value))
+        let only = || {
+            let mut all = metrics.iter().filter(|(name, _)| name.ends_with(&suffix)).map(|(_, value)| *value);
+            all.next().filter(|_| all.next().is_none())
+        };
+        of(&self.metric).or_else(|| of(&format!("score{suffix}"))).or_else(only)
     }
 }
 
 impl fmt::Display for MetricRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.node, self.metric)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_metric_is_found_by_its_exact_name_as_the_score_or_by_an_end_that_no_other_has() {
+        let metrics = |names: &[&str]| -> BTreeMap<String, f64> {
+            names.iter().zip(1..).map(|(name, at)| ((*name).to_owned(), f64::from(at))).collect()
+        };
+        let find = |metric: &str, names: &[&str]| {
+            MetricRef { node: NodeName("n".into()), metric: metric.into() }.find(&metrics(names))
+        };
+        assert_eq!(find("overall", &["part/overall", "score/overall"]), Some(2.0));
+        assert_eq!(find("part/overall", &["part/overall", "score/overall"]), Some(1.0));
+        assert_eq!(find("loss", &["train/loss", "train/lr"]), Some(1.0));
+        assert_eq!(find("loss", &["train/loss", "validation/loss"]), None);
+        assert_eq!(find("loss", &["loss", "score/loss"]), Some(1.0));
     }
 }
