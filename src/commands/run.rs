@@ -170,7 +170,7 @@ fn start_asked(mut resolved: Resolved, how: &How, selection: &Selection, questio
     }
     if how.dry_run {
         let (plan, store) = results_of(&resolved, how.artifacts.as_deref())?;
-        let Selected { plan, .. } = selection.apply(&plan)?;
+        let Selected { plan, .. } = selection.apply(plan)?;
         let args = PlanArgs { json: how.json, max_gpu_hours: how.max_gpu_hours, ..PlanArgs::default() };
         super::plan::print(&resolved, &plan, &store, &args)?;
         return Ok(Exit::Done);
@@ -197,7 +197,7 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
 
     let store = ArtifactStore::open(layout.clone());
     let hashes = FileHashes::open(resolved.root.clone(), layout.state().join("external.json"));
-    let mut selected = selection.apply(&Plan::build(resolved, &store, &hashes))?;
+    let mut selected = selection.apply(Plan::build(resolved, &store, &hashes))?;
     refuse_missing(&selected.plan)?;
     if let Some(most) = how.max_gpu_hours {
         super::plan::refuse_dear(&super::plan::costs(&selected.plan, &store), most)?;

@@ -47,7 +47,11 @@ impl Selection {
     ///
     /// # Errors
     /// When a name matches nothing, or a chosen node reads one that is neither sealed nor chosen.
-    pub fn apply(&self, plan: &Plan) -> Result<Selected, Wrong> {
+    pub fn apply(&self, plan: Plan) -> Result<Selected, Wrong> {
+        let is_all = [&self.only, &self.from, &self.to, &self.force].iter().all(|patterns| patterns.is_empty());
+        if is_all && !plan.nodes.is_empty() {
+            return Ok(Selected { plan, forced: BTreeSet::new() });
+        }
         let names: Vec<&str> = plan.nodes.iter().map(|planned| planned.node.name.0.as_str()).collect();
         let index: BTreeMap<&str, usize> = names.iter().enumerate().map(|(at, name)| (*name, at)).collect();
         let inputs: Vec<Vec<usize>> = plan
@@ -95,7 +99,7 @@ impl Selection {
         if chosen.is_empty() {
             return Err(Wrong("no node lies between those of --from and those of --to".to_owned()));
         }
-        self.cut(plan, &chosen, &forced, &inputs)
+        self.cut(&plan, &chosen, &forced, &inputs)
     }
 
     /// Cuts the plan to the chosen nodes and the sealed ones that they read.

@@ -14,7 +14,6 @@ use std::sync::Mutex;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 use serde::{Deserialize, Serialize};
-use sled::Transactional;
 
 use super::journal::{self, JOURNAL_FILE, JournalError};
 use super::layout::Layout;
@@ -26,6 +25,8 @@ pub const DB_DIR: &str = "db";
 /// sled's own log inside the database folder.
 const DB_FILE: &str = "db";
 const CACHE_BYTES: u64 = 16 * 1024 * 1024;
+/// Most rows of one transaction: sled keeps every version of a page that a transaction makes until it ends.
+const MOST_ROWS: usize = 256;
 
 /// State that cannot be opened or written.
 #[derive(Debug, thiserror::Error)]
@@ -190,6 +191,9 @@ impl State {
 
     /// Writes the rows of one transition, or of a batch of them, and returns when they are on disk.
     ///
+    /// The run's row, which says up to which line of the journal the state reaches, comes last: cut short before it, the
+    /// state is behind its journal and is brought up.
+    ///
     /// # Errors
     /// When the database cannot be written or is damaged.
     pub fn apply(&self, run: &str, row: &RunRow, nodes: &[(NodeName, NodeRow)]) -> Result<(), StateError> {
@@ -200,21 +204,12 @@ impl State {
             rows.push((node_key(run, node), serde_json::to_vec(row).map_err(encode)?));
         }
         guarded(&self.path, || {
-            let write = |(run_tree, node_tree): &(
-                sled::transaction::TransactionalTree,
-                sled::transaction::TransactionalTree,
-            )| {
-                run_tree.insert(run.as_bytes(), row.as_slice())?;
-                for (key, row) in &rows {
-                    node_tree.insert(key.as_slice(), row.as_slice())?;
-                }
-                Ok::<(), sled::transaction::ConflictableTransactionError<std::convert::Infallible>>(())
-            };
-            match (&self.runs, &self.nodes).transaction(write) {
-                Ok(()) => {}
-                Err(sled::transaction::TransactionError::Storage(source)) => return Err(self.database(source)),
-                Err(sled::transaction::TransactionError::Abort(never)) => match never {},
+            for rows in rows.chunks(MOST_ROWS) {
+                let mut batch = sled::Batch::default();
+                rows.iter().for_each(|(key, row)| batch.insert(key.as_slice(), row.as_slice()));
+                self.nodes.apply_batch(batch).map_err(|source| self.database(source))?;
             }
+            self.runs.insert(run.as_bytes(), row.as_slice()).map_err(|source| self.database(source))?;
             self.db.flush().map_err(|source| self.database(source))?;
             let file = self.path.join(DB_FILE);
             File::open(&file).and_then(|file| file.sync_all()).map_err(|source| StateError::Io { path: file, source })
