@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint lint-cloud build base small sweep plan-paper bench-model bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz
+.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint lint-cloud build base small sweep plan-paper bench-model bench-train bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -60,6 +60,10 @@ plan-paper: build      ## the paper's recipe: sizes, updates, what is missing
 PYTHON ?= python3
 bench-model:           ## every part and whole models beside PyTorch (PYTHON=... with torch), as ratios
 	cargo run --release --locked -p deepgen-model --example bench_model -- --python $(PYTHON)
+
+bench-train: build     ## training steps of the DiT beside diffusers' transformer (PYTHON=... with it), and what a step waits for
+	cargo run --release --locked -p deepgen-model --example bench_model -- --python $(PYTHON) --modules diffusers --only DiT
+	python3 benches/train/stalls.py $(TARGET)/release/deepgen
 
 bench-memory:          ## peak memory of a training step with and without activation checkpointing
 	cargo run --release --locked -p deepgen-model --example peak_memory -- off

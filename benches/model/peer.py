@@ -1,8 +1,10 @@
-"""PyTorch's side of `make bench-model`: the same computations with the same weights, driven line by line over stdin.
+"""PyTorch's side of `make bench-model` and `make bench-train`: the same computations with the same weights, driven line by
+line over stdin.
 
 Plain torch functions instead of diffusers' and transformers' modules: fewer Python calls, so a stronger opponent, and no
-package but torch is needed. Parameter names are those of the reference libraries. The Rust side compares outputs and
-gradients with its own before it believes a time.
+package but torch is needed. With `diffusers` as argument the DiT is that library's transformer, which is what people train.
+Parameter names are those of the reference libraries. The Rust side compares outputs and gradients with its own before it
+believes a time.
 
 Each line in is a JSON object with a "command": load, check, time or quit. Each line out answers one.
 """
@@ -268,6 +270,40 @@ def decoder(config, p, inputs):
     return logits, F.cross_entropy(logits.view(b * l, -1), inputs["targets"].long().flatten())
 
 
+def diffusers_dit(c, p):
+    """Returns diffusers' transformer with these weights as a function of its inputs, and its parameters."""
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=c["sample_size"],
+        patch_size=c["patch_size"],
+        in_channels=c["in_channels"],
+        out_channels=c["in_channels"],
+        num_layers=c["num_layers"],
+        attention_head_dim=c["attention_head_dim"],
+        num_attention_heads=c["num_attention_heads"],
+        joint_attention_dim=c["joint_attention_dim"],
+        caption_projection_dim=c["attention_head_dim"] * c["num_attention_heads"],
+        pooled_projection_dim=c["pooled_projection_dim"],
+        pos_embed_max_size=c["pos_embed_max_size"],
+        dual_attention_layers=tuple(range(c["num_dual_attention_layers"])),
+        qk_norm="rms_norm",
+    )
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    model.load_state_dict({name: value.reshape(shapes[name]) for name, value in p.items()})
+
+    def run(_, inputs):
+        x = model(
+            hidden_states=inputs["latents"],
+            encoder_hidden_states=inputs["text"],
+            pooled_projections=inputs["pooled"],
+            timestep=inputs["timestep"],
+        ).sample
+        return x, F.mse_loss(x, inputs["target"])
+
+    return run, dict(model.named_parameters())
+
+
 WHOLE = {"dit": dit, "vae": vae, "decoder": decoder}
 
 
@@ -334,6 +370,8 @@ class Whole:
     def __init__(self, kind, config, tensors):
         self.f = lambda p, inputs: WHOLE[kind](config, p, inputs)
         self.params = {k[6:]: v for k, v in tensors.items() if k.startswith("param.")}
+        if kind == "dit" and "diffusers" in sys.argv[1:]:
+            self.f, self.params = diffusers_dit(config, self.params)
         self.inputs = {k[6:]: v for k, v in tensors.items() if k.startswith("input.")}
         trained = [v.requires_grad_() for k, v in self.params.items() if not k.endswith("pos_embed.pos_embed")]
         self.optimizer = adamw(config["optimizer"], trained)

@@ -1,10 +1,13 @@
-//! `make bench-model`: times this crate beside PyTorch, with the same weights on the same threads, in one run.
+//! `make bench-model`: times this crate beside PyTorch, with the same weights on the same threads, in one run. `make
+//! bench-train` is its DiT beside diffusers' transformer.
 //!
 //! Each case is computed by both sides and compared, value and gradients, before it is timed; then the sides take turns, so
 //! that whatever else the machine does falls on both. Prints minimum and median of each side and the ratio of the minima.
 //!
-//! `bench_model [--python PROGRAM] [--threads 1,2] [--seconds S] [--only PART_OF_A_NAME] [--clock wall|cpu]`
+//! `bench_model [--python PROGRAM] [--modules torch|diffusers] [--threads 1,2] [--seconds S] [--only PART_OF_A_NAME]
+//! [--clock wall|cpu]`
 //!
+//! `--modules diffusers` has the peer compute the DiT by that library's module instead of by plain torch functions.
 //! `--clock cpu` takes each process's processor time, which on a busy machine is the fairer measure of one thread.
 
 use std::path::{Path, PathBuf};
@@ -64,6 +67,7 @@ type Failure = Box<dyn std::error::Error>;
 
 struct Options {
     python: Option<PathBuf>,
+    modules: String,
     threads: Vec<usize>,
     seconds: f64,
     only: String,
@@ -71,22 +75,28 @@ struct Options {
 }
 
 fn options() -> Result<Options, Failure> {
-    let mut options =
-        Options { python: None, threads: vec![1, 2], seconds: 2.0, only: String::new(), uses_cpu_clock: false };
+    let mut options = Options {
+        python: None,
+        modules: "torch".into(),
+        threads: vec![1, 2],
+        seconds: 2.0,
+        only: String::new(),
+        uses_cpu_clock: false,
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
         let value = arguments.next().ok_or_else(|| format!("{name} needs a value"))?;
         match name.as_str() {
             "--python" => options.python = Some(value.into()),
+            "--modules" if value == "torch" || value == "diffusers" => options.modules = value,
             "--threads" => options.threads = value.split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--seconds" => options.seconds = value.parse()?,
             "--only" => options.only = value,
             "--clock" if value == "cpu" => options.uses_cpu_clock = true,
             "--clock" if value == "wall" => {}
             _ => {
-                return Err(
-                    format!("unknown option {name}: --python, --threads, --seconds, --only, --clock wall|cpu").into()
-                );
+                let known = "--python, --modules torch|diffusers, --threads, --seconds, --only, --clock wall|cpu";
+                return Err(format!("unknown option {name} {value}: {known}").into());
             }
         }
     }
@@ -99,11 +109,14 @@ fn main() -> Result<(), Failure> {
     let folder = tempfile::tempdir()?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/model/peer.py");
     let mut peer = match &options.python {
-        Some(python) => Peer::start(python, &script),
+        Some(python) => Peer::start(python, &script, &options.modules),
         None => Err("no --python was given (make bench-model PYTHON=...)".into()),
     };
     match &peer {
-        Ok(peer) => println!("deepgen-model beside PyTorch {}; milliseconds, minimum / median\n", peer.version),
+        Ok(peer) => println!(
+            "deepgen-model beside PyTorch {} ({} modules); milliseconds, minimum / median\n",
+            peer.version, options.modules
+        ),
         Err(error) => println!("PyTorch cannot be run, so this times deepgen-model alone: {error}\n"),
     }
     println!("| case | threads | ours | PyTorch | ratio of minima | largest difference |\n|---|---|---|---|---|---|");

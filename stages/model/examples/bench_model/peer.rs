@@ -18,10 +18,12 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Starts the script; fails when the program or torch is missing.
-    pub fn start(python: &Path, script: &Path) -> Result<Self, Failure> {
+    /// Starts the script, whose models are made of plain functions or of a library's `modules`; fails when the program
+    /// or torch is missing.
+    pub fn start(python: &Path, script: &Path, modules: &str) -> Result<Self, Failure> {
         let mut child = Command::new(python)
             .arg(script)
+            .arg(modules)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
