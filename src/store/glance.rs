@@ -4,7 +4,7 @@
 //! at journals of ten thousand nodes while a run goes on; nothing is decided from it.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::Path;
 
@@ -14,6 +14,9 @@ use serde::Deserialize;
 use super::journal::{JOURNAL_FILE, JournalRecord};
 use super::runs::{NodeView, RunView};
 use crate::run::event::{NodeState, Origin, RunEvent};
+
+/// Bytes of the two lines that a node has at least, about.
+const LINES_OF_A_NODE: usize = 600;
 
 /// What is needed of a line.
 #[derive(Deserialize)]
@@ -69,13 +72,13 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
     let text = String::from_utf8(text).map_err(|error| named(error.to_string()))?;
     let end = text.rfind('\n').map_or(0, |at| at + 1);
     let mut view = RunView::default();
-    let mut seen: HashMap<String, Seen<'_>> = HashMap::new();
+    let mut seen: HashMap<Cow<'_, str>, Seen<'_>> = HashMap::with_capacity(end / LINES_OF_A_NODE);
     for line in text[..end].lines() {
         let parsed: Line<'_> = serde_json::from_str(line).map_err(|error| named(error.to_string()))?;
         match (parsed.event.node, parsed.event.state, parsed.event.fingerprint) {
             (Some(node), Some(state), Some(fingerprint)) if parsed.event.kind == "node" => {
                 let ts_ms = parsed.ts_ms;
-                let before = seen.get_mut(node.as_ref());
+                let before = seen.get_mut(&node);
                 let is_failure = matches!(state.state, "retrying" | "failed");
                 let starts = state.state == "running";
                 match before {
@@ -90,7 +93,7 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
                     None => {
                         let (failures, started_ms) = (u32::from(is_failure), starts.then_some(ts_ms));
                         let new = Seen { line, ts_ms, state, fingerprint, started_ms, failures };
-                        seen.insert(node.into_owned(), new);
+                        seen.insert(node, new);
                     }
                 }
                 (view.last_seq, view.updated_ms) = (parsed.seq, parsed.ts_ms);
@@ -98,18 +101,20 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
             _ => view.apply(&record(line).map_err(named)?),
         }
     }
-    for (name, seen) in seen {
+    let viewed = |(name, seen): (Cow<'_, str>, Seen<'_>)| {
         let state = match direct(&seen.state) {
             Some(state) => state,
-            None => match record(seen.line).map_err(named)?.event {
+            None => match record(seen.line)?.event {
                 RunEvent::Node { state, .. } => state,
-                _ => continue,
+                other => return Err(format!("{other:?} is no event of a node")),
             },
         };
-        let fingerprint = Fingerprint::parse(seen.fingerprint).map_err(|error| named(error.to_string()))?;
+        let fingerprint = Fingerprint::parse(seen.fingerprint).map_err(|error| error.to_string())?;
         let Seen { ts_ms: since_ms, started_ms, failures, .. } = seen;
-        view.nodes.insert(NodeName(name), NodeView { fingerprint, state, since_ms, started_ms, failures });
-    }
+        Ok((NodeName(name.into_owned()), NodeView { fingerprint, state, since_ms, started_ms, failures }))
+    };
+    let mut nodes: BTreeMap<_, _> = seen.into_iter().map(viewed).collect::<Result<_, _>>().map_err(named)?;
+    view.nodes.append(&mut nodes);
     Ok(view)
 }
 
