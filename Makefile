@@ -2,7 +2,7 @@
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 HEAVY  := -p deepgen-model -p deepgen-worker
 
-.PHONY: demo test test-light test-heavy test-true-size test-exports parity test-e2e soak ci fmt lint lint-cloud build base small sweep plan-paper bench-model bench-train bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz
+.PHONY: demo test test-light test-heavy test-true-size test-exports parity parity-wgpu test-e2e soak ci fmt lint lint-cloud build base small sweep plan-paper bench-model bench-train bench-memory schema fuzz-spec bench-orchestrator bench-data fuzz
 
 demo: build            ## builds and runs the main job: pipelines/full.toml in the shapes world
 	$(TARGET)/release/deepgen run pipelines/full.toml
@@ -26,6 +26,10 @@ test-exports:          ## the Python libraries load what we export (DEEPGEN_PYTH
 
 parity: build          ## every number of the reference implementations against ours, tensor by tensor
 	$(TARGET)/release/deepgen-worker parity tests/fixtures/parity
+
+parity-wgpu:           ## the same on Vulkan: a GPU, or Mesa's software driver where there is none (tens of minutes to build)
+	cargo build --release --locked -p deepgen -p deepgen-worker --features deepgen-worker/wgpu
+	$(TARGET)/release/deepgen-worker parity tests/fixtures/parity --device wgpu
 
 test-e2e: build        ## a short pipeline with the real worker, undisturbed and killed: same bits
 	DEEPGEN_E2E_BIN=$(abspath $(TARGET))/release cargo test --locked --test e2e --test tools --test inspect -- --ignored --test-threads=1 --nocapture
