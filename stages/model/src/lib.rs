@@ -17,6 +17,7 @@ pub mod dit_block;
 pub mod embed;
 pub mod flow;
 pub mod fused;
+pub mod host;
 pub mod init;
 pub mod language;
 pub mod layout;

@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use burn::tensor::TensorData;
 
 use crate::Tensor;
+use crate::host::copy_out;
 
 /// A tensor that passed a probe.
 #[derive(Debug, Clone)]
@@ -46,7 +47,7 @@ pub fn is_on() -> bool {
 pub fn tap<const D: usize>(place: impl FnOnce() -> String, x: &Tensor<D>) {
     READINGS.with(|readings| {
         if let Some(readings) = readings.borrow_mut().as_mut() {
-            readings.push(Reading { place: place(), data: x.clone().into_data() });
+            readings.push(Reading { place: place(), data: copy_out(x.clone()) });
         }
     });
 }

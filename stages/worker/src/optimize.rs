@@ -8,6 +8,7 @@ use burn::module::Module;
 use burn::tensor::{Gradients, TensorData};
 use deepgen_contract::train::{OptimizerSettings, Schedule};
 use deepgen_model::fused::{self, AdamWStep, Moments};
+use deepgen_model::host::copy_out;
 use deepgen_model::weights::{self, WeightFile};
 use deepgen_model::{Device, Tensor};
 
@@ -144,8 +145,8 @@ impl AdamW {
     pub fn tensors(&self) -> NamedTensors {
         let mut tensors = vec![(format!("{PREFIX}{UPDATES}"), split_count(self.updates))];
         for (name, moments) in &self.moments {
-            tensors.push((format!("{PREFIX}first.{name}"), moments.first.clone().into_data()));
-            tensors.push((format!("{PREFIX}second.{name}"), moments.second.clone().into_data()));
+            tensors.push((format!("{PREFIX}first.{name}"), copy_out(moments.first.clone())));
+            tensors.push((format!("{PREFIX}second.{name}"), copy_out(moments.second.clone())));
         }
         tensors
     }

@@ -1,6 +1,7 @@
 //! The autoencoder: moments, latents, images, and the gradients of a reconstruction loss.
 
 use deepgen_model::Tensor;
+use deepgen_model::host::copy_out;
 
 use super::case::Case;
 use super::compare::{Checker, GRADS, Quantity};
@@ -43,7 +44,7 @@ pub fn run(case: &Case, check: &mut Checker) -> ParityResult<()> {
         let total = (decoded - pixels.clone()).square().mean() + posterior.kl().mean().mul_scalar(KL_WEIGHT);
         check.scalar(&format!("{size}.loss"), total.clone(), Quantity::Forward)?;
         let gradients = total.backward();
-        let gradient = pixels.grad(&gradients).map(Tensor::into_data);
+        let gradient = pixels.grad(&gradients).map(copy_out);
         let gradient = gradient.ok_or_else(|| ParityError::Unsupported("no gradient reached the pixels".into()))?;
         check.data(GRADS, "input.pixel_values", &gradient, Quantity::Gradient)?;
         let sum = check.gradients(&vae, gradients, |name| (!name.starts_with("input.")).then(|| name.to_owned()))?;

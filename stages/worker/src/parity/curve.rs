@@ -7,6 +7,7 @@ use burn::tensor::TensorData;
 use deepgen_contract::train::{CheckpointSettings, FloatKind, OnNonFinite, Schedule};
 use deepgen_model::dit::{Condition, Dit};
 use deepgen_model::flow::TrainingTable;
+use deepgen_model::host::copy_out;
 use deepgen_model::weights::{WeightFile, for_each_param};
 use deepgen_model::{IntTensor, Tensor};
 use serde_json::Value;
@@ -188,7 +189,7 @@ pub fn run(case: &Case, check: &mut Checker) -> ParityResult<()> {
     check.extra("timesteps drawn", &timesteps, &inputs.archive.floats("timesteps")?, Quantity::Schedule);
     let mut finals: Vec<(String, TensorData)> = Vec::new();
     for_each_param(trainer.learner.model(), |name, param| {
-        finals.push((format!("final.{name}"), param.value().into_data()));
+        finals.push((format!("final.{name}"), copy_out(param.value())));
     });
     for (name, values) in finals {
         if check.outputs().has(&name) {

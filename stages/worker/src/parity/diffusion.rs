@@ -3,6 +3,7 @@
 use burn::tensor::TensorData;
 use deepgen_model::dit::{Condition, Dit};
 use deepgen_model::flow::{NUM_TRAIN_TIMESTEPS, TrainingTable, loss, ragged_loss};
+use deepgen_model::host::copy_out;
 use deepgen_model::probe;
 use deepgen_model::sampler::{Guided, TimeShift, dynamic_mu, euler, shifted_sigmas, sigmas};
 use deepgen_model::{Tensor, dit};
@@ -77,8 +78,8 @@ pub fn uniform(case: &Case, check: &mut Checker) -> ParityResult<()> {
         check.scalar(&name, total.clone(), Quantity::Forward)?;
         let gradients = total.backward();
         for (name, gradient) in [
-            ("input.hidden_states", latents.grad(&gradients).map(Tensor::into_data)),
-            ("input.encoder_hidden_states", condition.text_btc.grad(&gradients).map(Tensor::into_data)),
+            ("input.hidden_states", latents.grad(&gradients).map(copy_out)),
+            ("input.encoder_hidden_states", condition.text_btc.grad(&gradients).map(copy_out)),
         ] {
             let gradient = gradient.ok_or_else(|| ParityError::Unsupported(format!("no gradient of {name}")))?;
             check.data(GRADS, name, &gradient, Quantity::Gradient)?;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use burn::module::Module;
 use burn::tensor::TensorData;
 use deepgen_contract::train::{OptimizerSettings, Schedule};
+use deepgen_model::host::copy_out;
 use deepgen_model::init::Init;
 use deepgen_model::nn::{LayerNorm, Linear, gelu_tanh};
 use deepgen_model::weights::{WeightFile, for_each_param, load_into};
@@ -182,7 +183,7 @@ type State = BTreeMap<String, TensorData>;
 fn snapshot(net: &Net, optimizer: &AdamW) -> State {
     let mut state = State::new();
     for_each_param(net, |name, param| {
-        state.insert(name.to_owned(), param.value().into_data());
+        state.insert(name.to_owned(), copy_out(param.value()));
     });
     for (name, data) in optimizer.tensors() {
         for (ours, theirs) in [("first.", "exp_avg."), ("second.", "exp_avg_sq.")] {
