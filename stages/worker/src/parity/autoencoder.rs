@@ -1,6 +1,5 @@
 //! The autoencoder: moments, latents, images, and the gradients of a reconstruction loss.
 
-use deepgen_model::Tensor;
 use deepgen_model::host::copy_out;
 
 use super::case::Case;
