@@ -63,10 +63,12 @@ plan-paper: build      ## the paper's recipe: sizes, updates, what is missing
 
 PYTHON ?= python3
 bench-model:           ## every part and whole models beside PyTorch (PYTHON=... with torch), as ratios
-	cargo run --release --locked -p deepgen-model --example bench_model -- --python $(PYTHON)
+	cargo build --release --locked $(HEAVY) --example bench_model
+	$(TARGET)/release/examples/bench_model --python $(PYTHON)
 
 bench-train: build     ## training steps of the DiT beside diffusers' transformer (PYTHON=... with it), and what a step waits for
-	cargo run --release --locked -p deepgen-model --example bench_model -- --python $(PYTHON) --modules diffusers --only DiT
+	cargo build --release --locked $(HEAVY) --example bench_model
+	$(TARGET)/release/examples/bench_model --python $(PYTHON) --modules diffusers --only DiT
 	python3 benches/train/stalls.py $(TARGET)/release/deepgen
 
 bench-memory:          ## peak memory of a training step with and without activation checkpointing
