@@ -218,11 +218,16 @@ pub fn command_line(arguments: impl Iterator<Item = String>) -> Vec<String> {
     command
 }
 
+/// Writes down what the run was made from; nothing starts before, so the two long files are written side by side.
 fn save_plan(resolved: &Resolved, plan: &Plan, run_dir: &Path) -> Result<()> {
-    write_plan(resolved, plan, std::env::current_dir().ok(), run_dir)?;
-    RunIndex::of(plan).write(run_dir)?;
-    external::write_atomically_with(&run_dir.join(RESOLVED_FILE), |file| write_resolved(resolved, file))?;
-    Ok(())
+    let resolved_file = run_dir.join(RESOLVED_FILE);
+    std::thread::scope(|scope| {
+        let beside =
+            scope.spawn(|| external::write_atomically_with(&resolved_file, |file| write_resolved(resolved, file)));
+        write_plan(resolved, plan, std::env::current_dir().ok(), run_dir)?;
+        RunIndex::of(plan).write(run_dir)?;
+        Ok(beside.join().map_err(|_| io::Error::other("the resolved pipeline could not be written"))??)
+    })
 }
 
 /// Writes the resolved pipeline as TOML, a node after the other: of ten thousand there is never a second copy.

@@ -137,10 +137,10 @@ pub fn plan(args: &PlanArgs) -> Result<Exit> {
     }
     let Some(resolved) = load_or_report(&args.file, &args.overriding, false) else { return Ok(Exit::Wrong) };
     let (plan, store) = results_of(&resolved, args.artifacts.as_deref())?;
-    let selected = args.selection.apply(plan)?;
+    let mut selected = args.selection.apply(plan)?;
     print(&resolved, &selected.plan, &store, args)?;
     if selected.plan.is_cached() && store.layout().state().is_dir() {
-        question.iter().for_each(|question| question.remember(&resolved, &selected, &store));
+        question.iter().for_each(|question| question.remember(&resolved, &mut selected, &store));
     }
     Ok(Exit::Done)
 }

@@ -3,6 +3,7 @@
 //! The same path for both: a sweep is only a bigger plan.
 
 use std::collections::VecDeque;
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -164,7 +165,9 @@ pub fn start(resolved: Resolved, how: &How, selection: &Selection) -> Result<Exi
     start_asked(resolved, how, selection, None)
 }
 
-fn start_asked(mut resolved: Resolved, how: &How, selection: &Selection, question: Option<&Question>) -> Result<Exit> {
+fn start_asked(resolved: Resolved, how: &How, selection: &Selection, question: Option<&Question>) -> Result<Exit> {
+    // As with the plan in [`execute`].
+    let mut resolved = ManuallyDrop::new(resolved);
     if how.keep_going || how.fail_fast {
         resolved.keep_going = how.keep_going;
     }
@@ -197,7 +200,8 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
 
     let store = ArtifactStore::open(layout.clone());
     let hashes = FileHashes::open(resolved.root.clone(), layout.state().join("external.json"));
-    let mut selected = selection.apply(Plan::build(resolved, &store, &hashes))?;
+    // The process ends soon after: to take ten thousand nodes apart would only take time.
+    let mut selected = ManuallyDrop::new(selection.apply(Plan::build(resolved, &store, &hashes))?);
     refuse_missing(&selected.plan)?;
     if let Some(most) = how.max_gpu_hours {
         super::plan::refuse_dear(&super::plan::costs(&selected.plan, &store), most)?;
@@ -216,7 +220,7 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
     if how.detached.is_none()
         && let Some(mut summary) = idle::finished(resolved, &selected, &store)
     {
-        question.iter().for_each(|question| question.remember(resolved, &selected, &store));
+        question.iter().for_each(|question| question.remember(resolved, &mut selected, &store));
         store.save_memory();
         summary.seconds = now_ms().saturating_sub(begun_ms) as f64 / 1000.0;
         progress.summary(&summary);
@@ -265,18 +269,18 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
         .context("cannot start a runtime")?;
     let (result, _, recorder) = runtime.block_on(driver.drive())?;
     if result == RunResult::Done {
-        question.iter().for_each(|question| question.remember(resolved, &selected, &store));
+        question.iter().for_each(|question| question.remember(resolved, &mut selected, &store));
     }
     store.save_memory();
     changed_results(&selected, &store).iter().for_each(|line| progress.note(line));
-    let report = match plan.nodes.len() {
+    let report = match selected.plan.nodes.len() {
         0..=MAX_REPORTED_NODES => write_report(recorder.run_dir(), &store),
         num => {
             progress.note(&format!("a report of {} takes long: `deepgen report` makes it", count(num, "node")));
             None
         }
     };
-    let mut summary = summarise(&RunIndex::of(plan), recorder.view(), &store, recorder.run_dir());
+    let mut summary = summarise(&RunIndex::of(&selected.plan), recorder.view(), &store, recorder.run_dir());
     summary.seconds = now_ms().saturating_sub(begun_ms) as f64 / 1000.0;
     summary.report = report;
     progress.summary(&summary);

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::Overriding;
 use super::opening::plan_identity;
 use super::selection::{Selected, Selection};
-use crate::plan::{Costs, ExternalFiles, Known, Plan, PlannedNode, Verdict, render};
+use crate::plan::{Costs, ExternalFiles, Known, PlannedNode, Verdict, render};
 use crate::spec::{self, BUILT_IN, PAPER_PROFILE, Resolved};
 use crate::store::external::{Stamp, write_atomically};
 use crate::store::{ArtifactStore, FileHashes, Layout};
@@ -93,11 +93,13 @@ impl Question {
         is_same.then_some(settled)
     }
 
-    /// Remembers a plan all of whose results are sealed by now. One that cannot be written is decided again next time.
-    pub fn remember(&self, resolved: &Resolved, selected: &Selected, store: &ArtifactStore) {
+    /// Remembers a plan all of whose results are sealed by now, which its nodes then say. One that cannot be written is decided
+    /// again next time.
+    pub fn remember(&self, resolved: &Resolved, selected: &mut Selected, store: &ArtifactStore) {
         if !selected.forced.is_empty() {
             return;
         }
+        selected.plan.nodes.iter_mut().for_each(|planned| planned.verdict = Verdict::Cached);
         let Some(settled) = self.settled(resolved, selected, store) else { return };
         let path = self.path(store.layout());
         let write = || {
@@ -112,8 +114,7 @@ impl Question {
     }
 
     fn settled(&self, resolved: &Resolved, selected: &Selected, store: &ArtifactStore) -> Option<Settled> {
-        let cached = |planned: &PlannedNode| PlannedNode { verdict: Verdict::Cached, ..planned.clone() };
-        let plan = Plan { nodes: selected.plan.nodes.iter().map(cached).collect() };
+        let plan = &selected.plan;
         let mut external: BTreeMap<String, String> = BTreeMap::new();
         for planned in &plan.nodes {
             for path in planned.node.settings.external_paths() {
@@ -122,7 +123,7 @@ impl Question {
         }
         let seconds = |planned: &PlannedNode| store.result(&planned.fingerprint).map_or(0.0, |made| made.run_seconds);
         let is_paper = resolved.profile == PAPER_PROFILE;
-        let text = (!is_paper).then(|| render::plan(resolved, &plan, &Costs::default(), &BTreeMap::new()));
+        let text = (!is_paper).then(|| render::plan(resolved, plan, &Costs::default(), &BTreeMap::new()));
         let hash = |text: &String| blake3::hash(text.as_bytes()).to_hex().to_string();
         let files = resolved.sources.iter().filter(|(name, _)| !name.starts_with(BUILT_IN));
         Some(Settled {

@@ -9,6 +9,8 @@ use std::fs::{self, File};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use deepgen_contract::command::CommandSettings;
@@ -22,7 +24,7 @@ use super::command::{self, End};
 use super::executor::{ExecError, Executor, Report, What};
 use super::jobdir::{self, EventTail, JobDir};
 use super::memory;
-use super::process::ProcessId;
+use super::process::{self, ProcessId};
 use crate::run::event::Failure;
 use crate::run::scheduler::{Cancel, Ended};
 
@@ -40,7 +42,16 @@ pub struct LocalExecutor {
     jobs: PathBuf,
     host: String,
     reports: UnboundedSender<Report>,
-    running: BTreeMap<NodeName, ProcessId>,
+    running: BTreeMap<NodeName, Running>,
+}
+
+/// A process that may have to be told to stop.
+#[derive(Debug)]
+enum Running {
+    /// A child. Until it was waited for nobody else has its number.
+    Child { pid: u32, was_waited_for: Arc<AtomicBool> },
+    /// One that an earlier orchestrator started.
+    Other(ProcessId),
 }
 
 impl LocalExecutor {
@@ -52,18 +63,18 @@ impl LocalExecutor {
     fn spawn(&self, job: &JobSpec, folder: &Path) -> Result<Child, ExecError> {
         let at = |source| ExecError::JobDir { path: folder.to_owned(), source };
         let log = |name: &str| File::create(folder.join(name)).map_err(at);
-        let mut process = match &job.settings {
+        let mut command = match &job.settings {
             Settings::Command(settings) => {
                 fs::create_dir(folder.join(OUT_DIR)).map_err(at)?;
                 command::process(settings, job, folder)
             }
             _ => self.worker(job, folder),
         };
-        process.env(JOB_VARIABLE, folder).stdin(Stdio::null());
-        process.stdout(log(STDOUT_FILE)?).stderr(log(STDERR_FILE)?).process_group(0);
-        let program = PathBuf::from(process.get_program());
-        let mut process = tokio::process::Command::from(process);
-        process.kill_on_drop(false).spawn().map_err(|source| ExecError::Spawn { worker: program, source })
+        command.env(JOB_VARIABLE, folder).stdin(Stdio::null());
+        command.stdout(log(STDOUT_FILE)?).stderr(log(STDERR_FILE)?).process_group(0);
+        let program = PathBuf::from(command.get_program());
+        let mut command = tokio::process::Command::from(command);
+        command.kill_on_drop(false).spawn().map_err(|source| ExecError::Spawn { worker: program, source })
     }
 
     fn worker(&self, job: &JobSpec, folder: &Path) -> Command {
@@ -95,21 +106,24 @@ impl Executor for LocalExecutor {
         let at = |source| ExecError::JobDir { path: dir.attempt(job.attempt), source };
         let folder = dir.create(job, &self.host).map_err(at)?;
         let child = self.spawn(job, &folder)?;
-        let process = ProcessId::of(child.id().unwrap_or_default());
-        self.running.insert(job.node.clone(), process);
+        let pid = child.id().unwrap_or_default();
+        let was_waited_for = Arc::new(AtomicBool::new(false));
+        let running = Running::Child { pid, was_waited_for: Arc::clone(&was_waited_for) };
+        self.running.insert(job.node.clone(), running);
         let command = match &job.settings {
             Settings::Command(settings) => Some(settings.clone()),
             _ => None,
         };
-        let lease = Unwritten { dir, host: self.host.clone(), process };
-        self.follow(&job.node, job.attempt, Followed { folder, command }, Watched::Child(Box::new(child), Some(lease)));
+        let lease = Some(Unwritten { dir, host: self.host.clone(), pid });
+        let watched = Watched::Child { child: Box::new(child), lease, was_waited_for };
+        self.follow(&job.node, job.attempt, Followed { folder, command }, watched);
         Ok(())
     }
 
     fn attach(&mut self, node: &NodeName, fingerprint: &Fingerprint, attempt: u32) {
         let dir = JobDir::new(&self.jobs, fingerprint);
         let process = dir.live_worker(attempt, &self.host);
-        self.running.extend(process.map(|process| (node.clone(), process)));
+        self.running.extend(process.map(|process| (node.clone(), Running::Other(process))));
         let folder = dir.attempt(attempt);
         let command = match jobdir::job(&folder).map(|job| job.settings) {
             Ok(Settings::Command(settings)) => Some(settings),
@@ -119,8 +133,12 @@ impl Executor for LocalExecutor {
     }
 
     fn cancel(&mut self, node: &NodeName, how: Cancel) {
-        if let Some(process) = self.running.get(node) {
-            process.signal(how);
+        match self.running.get(node) {
+            Some(Running::Child { pid, was_waited_for }) if !was_waited_for.load(Ordering::Relaxed) => {
+                process::signal_group(*pid, how);
+            }
+            Some(Running::Other(process)) => process.signal(how),
+            _ => {}
         }
     }
 }
@@ -135,7 +153,11 @@ struct Followed {
 /// The process behind an attempt.
 enum Watched {
     /// A child, with the lease that names it until that is written.
-    Child(Box<Child>, Option<Unwritten>),
+    Child {
+        child: Box<Child>,
+        lease: Option<Unwritten>,
+        was_waited_for: Arc<AtomicBool>,
+    },
     Other(Option<ProcessId>),
 }
 
@@ -144,12 +166,13 @@ enum Watched {
 struct Unwritten {
     dir: JobDir,
     host: String,
-    process: ProcessId,
+    pid: u32,
 }
 
 impl Unwritten {
+    /// Writes it; the process has not been waited for.
     fn write(self, attempt: u32) {
-        if let Err(error) = self.dir.give_lease(attempt, &self.host, Some(self.process)) {
+        if let Err(error) = self.dir.give_lease(attempt, &self.host, Some(ProcessId::of(self.pid))) {
             tracing::warn!(%error, "cannot write down which process has the job");
         }
     }
@@ -159,8 +182,9 @@ impl Watched {
     /// Waits for the end of the process, at most one poll long.
     async fn ended(&mut self, attempt: u32) -> Option<LastSeen> {
         match self {
-            Self::Child(child, lease) => match tokio::time::timeout(POLL, child.wait()).await {
+            Self::Child { child, lease, was_waited_for } => match tokio::time::timeout(POLL, child.wait()).await {
                 Ok(Ok(status)) => {
+                    was_waited_for.store(true, Ordering::Relaxed);
                     Some(LastSeen { code: status.code(), words: describe(status), signal: status.signal() })
                 }
                 Ok(Err(error)) => Some(LastSeen::unknown(format!("it cannot be waited for: {error}"))),

@@ -38,15 +38,22 @@ impl ProcessId {
 
     /// Tells the process group to stop, or kills it.
     pub fn signal(self, how: Cancel) {
-        let signal = match how {
-            Cancel::Gently => rustix::process::Signal::TERM,
-            Cancel::AtOnce => rustix::process::Signal::KILL,
-        };
-        if let Some(pid) = rustix_pid(self.pid).filter(|_| self.is_alive())
-            && let Err(error) = rustix::process::kill_process_group(pid, signal)
-        {
-            tracing::debug!(pid = self.pid, %error, "the worker had gone already");
+        if self.is_alive() {
+            signal_group(self.pid, how);
         }
+    }
+}
+
+/// Tells the process group of `pid` to stop, or kills it; whoever calls knows that the number is still that process's.
+pub fn signal_group(pid: u32, how: Cancel) {
+    let signal = match how {
+        Cancel::Gently => rustix::process::Signal::TERM,
+        Cancel::AtOnce => rustix::process::Signal::KILL,
+    };
+    if let Some(group) = rustix_pid(pid)
+        && let Err(error) = rustix::process::kill_process_group(group, signal)
+    {
+        tracing::debug!(pid, %error, "the worker had gone already");
     }
 }
 
