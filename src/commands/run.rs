@@ -7,6 +7,7 @@ use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use deepgen_contract::job::FrozenCache;
 use deepgen_contract::stage::StageKind;
 use tokio::sync::mpsc;
 
@@ -246,6 +247,8 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
     };
     let scheduler = Scheduler::new(entries.collect(), rules);
     let executor = LocalExecutor::new(worker.unwrap_or_default(), layout.jobs(), holder.host.clone(), reports_in);
+    let frozen_cache = resolved.executor.frozen_cache.clone();
+    let frozen_cache = frozen_cache.map(|cache| FrozenCache { path: resolved.root.join(&cache.path), ..cache });
     let driver = Driver {
         plan,
         store: &store,
@@ -256,6 +259,7 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
         reports,
         recorder,
         progress: progress.as_mut(),
+        frozen_cache,
         environment: captured.environment,
         places: driver::places(plan),
         untold: VecDeque::new(),

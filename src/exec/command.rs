@@ -182,6 +182,7 @@ mod tests {
             earlier_attempts: Vec::new(),
             slot_ids: BTreeMap::from([("gpu".into(), vec![1, 3])]),
             peak_tflops: None,
+            frozen_cache: None,
             remedies: Default::default(),
         }
     }

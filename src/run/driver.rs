@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use deepgen_contract::artifact::{Environment, Manifest};
 use deepgen_contract::id::NodeName;
-use deepgen_contract::job::{FailureCause, JOB_VERSION, JobInput, JobRemedies, JobSpec};
+use deepgen_contract::job::{FailureCause, FrozenCache, JOB_VERSION, JobInput, JobRemedies, JobSpec};
 use deepgen_contract::stage::StageKind;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
@@ -62,6 +62,8 @@ pub struct Driver<'a> {
     pub recorder: Recorder,
     /// Who watches.
     pub progress: &'a mut dyn Progress,
+    /// Where jobs that train keep what frozen parts compute.
+    pub frozen_cache: Option<FrozenCache>,
     /// What manifests say of this machine.
     pub environment: Environment,
     /// Places of the plan's nodes: [`places`].
@@ -276,6 +278,7 @@ impl Driver<'_> {
         };
         let dir = JobDir::new(&self.layout.jobs(), &planned.fingerprint);
         let attempts = if attempt > 1 { dir.attempts() } else { Vec::new() };
+        let is_training = matches!(resolved.kind, StageKind::Train | StageKind::Rl);
         let earlier = attempts.into_iter().filter(|earlier| *earlier < attempt);
         JobSpec {
             version: JOB_VERSION,
@@ -292,6 +295,7 @@ impl Driver<'_> {
             earlier_attempts: earlier.map(|earlier| dir.attempt(earlier)).collect(),
             slot_ids: BTreeMap::new(),
             peak_tflops: resolved.peak_tflops,
+            frozen_cache: self.frozen_cache.clone().filter(|_| is_training),
             remedies: JobRemedies::default(),
         }
     }

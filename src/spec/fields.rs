@@ -132,6 +132,22 @@ impl<'a, 'p> Fields<'a, 'p> {
         None
     }
 
+    /// Returns an amount of memory or of disk in GiB: a number of GiB, or a text such as `16GiB`.
+    pub fn gib(&mut self, name: &str) -> Option<f64> {
+        let tree = self.tree(name)?;
+        match &tree.value {
+            Value::Text(text) => match parse_gib(text) {
+                Ok(gib) => return Some(gib),
+                Err(message) => self.wrong(name, tree, message),
+            },
+            value => match number_of(value).filter(|gib| *gib >= 0.0) {
+                Some(gib) => return Some(gib),
+                None => self.expected(name, tree, "an amount such as \"16GiB\", or GiB"),
+            },
+        }
+        None
+    }
+
     /// Returns a list of texts with their places.
     pub fn texts(&mut self, name: &str) -> Vec<(String, Spot)> {
         let mut texts = Vec::new();

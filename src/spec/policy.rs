@@ -104,7 +104,7 @@ pub fn parse_seconds(text: &str) -> Result<f64, String> {
 /// # Errors
 /// Says how an amount is written.
 pub fn parse_gib(text: &str) -> Result<f64, String> {
-    let wrong = || format!("`{text}` is no amount of memory: write GiB, or such as \"16GiB\" or \"512MiB\"");
+    let wrong = || format!("`{text}` is no amount: write GiB, or such as \"16GiB\" or \"512MiB\"");
     let text = text.trim();
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(wrong)?;
     let number: f64 = text[..digits].parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(wrong)?;

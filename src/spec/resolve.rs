@@ -4,11 +4,12 @@
 //! Knows the order of these steps, no disk but through [`Project`], and nothing of what was computed before.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use deepgen_contract::artifact::ArtifactKind;
 use deepgen_contract::id::NodeName;
+use deepgen_contract::job::FrozenCache;
 use deepgen_contract::stage::StageKind;
 
 use super::assignment::Assignment;
@@ -38,6 +39,8 @@ use crate::plan::training_sizes;
 const DEFAULT_PROFILE: &str = "tiny";
 /// Slots used when the file names none.
 const DEFAULT_SLOTS: [(&str, f64); 2] = [("cpu", 2.0), ("gpu", 1.0)];
+/// Bytes of a GiB.
+const BYTES_OF_GIB: f64 = (1u64 << 30) as f64;
 
 /// What the command line, or an experiment, asks of a pipeline.
 #[derive(Debug, Default, Clone)]
@@ -316,14 +319,18 @@ fn executor(pipeline: &Pipeline, chosen: &[Layer], root: &Path) -> Executor {
             device: over.device.clone().or(merged.device),
             threads: over.threads.or(merged.threads),
             peak_tflops: over.peak_tflops.or(merged.peak_tflops),
+            frozen_cache: over.frozen_cache.clone().or(merged.frozen_cache),
             worker: over.worker.clone().or(merged.worker),
         };
     }
     let default_slots = || DEFAULT_SLOTS.iter().map(|(name, amount)| ((*name).to_owned(), *amount)).collect();
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
     let slots = merged.slots.as_ref();
-    let worker = |(path, spot): (std::path::PathBuf, Spot)| {
-        location::from_root(root, &spot.source.folder, &path.to_string_lossy()).into()
+    let from_root = |path: &str, spot: &Spot| PathBuf::from(location::from_root(root, &spot.source.folder, path));
+    let worker = |(path, spot): (PathBuf, Spot)| from_root(&path.to_string_lossy(), &spot);
+    let frozen_cache = |((path, spot), gib): ((String, Spot), f64)| FrozenCache {
+        path: from_root(&path, &spot),
+        max_bytes: (gib * BYTES_OF_GIB) as u64,
     };
     Executor {
         slots: slots.map_or_else(default_slots, |slots| amounts(slots)),
@@ -332,6 +339,7 @@ fn executor(pipeline: &Pipeline, chosen: &[Layer], root: &Path) -> Executor {
         worker: merged.worker.map(worker),
         threads: merged.threads.unwrap_or_else(cores),
         peak_tflops: merged.peak_tflops,
+        frozen_cache: merged.frozen_cache.map(frozen_cache),
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use deepgen_contract::id::NodeName;
+use deepgen_contract::job::FrozenCache;
 use deepgen_contract::settings::Settings;
 use deepgen_contract::stage::StageKind;
 use litemap::LiteMap;
@@ -112,6 +113,9 @@ pub struct Executor {
     /// Operations a second that the device reaches at most, in tera: what `throughput/mfu` is a share of.
     #[serde(default, skip_serializing_if = "is_default")]
     pub peak_tflops: Option<f64>,
+    /// Where jobs that train keep what frozen parts make of images; relative to the project's root. No result depends on it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub frozen_cache: Option<FrozenCache>,
 }
 
 /// One node, ready to be planned.

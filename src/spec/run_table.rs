@@ -11,7 +11,9 @@ use super::policy::{Backoff, REMEDIES, Remedies};
 use super::tree::{Spot, Tree};
 
 /// Keys of `[executor.local]`.
-pub const EXECUTOR_KEYS: [&str; 5] = ["slots", "device", "threads", "peak_tflops", "worker"];
+pub const EXECUTOR_KEYS: [&str; 6] = ["slots", "device", "threads", "peak_tflops", "frozen_cache", "worker"];
+/// Keys of `frozen_cache`.
+const CACHE_KEYS: [&str; 2] = ["path", "size"];
 /// Least `peak_tflops`: no device is slower than a billion operations a second.
 const LEAST_PEAK_TFLOPS: f64 = 0.001;
 /// Keys of `backoff`.
@@ -28,6 +30,8 @@ pub struct ExecutorTable {
     pub threads: Option<usize>,
     /// Peak of the device, in TFLOP/s.
     pub peak_tflops: Option<f64>,
+    /// Folder of what frozen parts compute, where it was named, and its size in GiB.
+    pub frozen_cache: Option<((String, Spot), f64)>,
     /// Worker binary, and where it was named.
     pub worker: Option<(PathBuf, Spot)>,
 }
@@ -104,6 +108,7 @@ pub fn parse_executor(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) ->
     let device = fields.text("device");
     let threads = fields.whole("threads").and_then(|threads| usize::try_from(threads).ok()).filter(|t| *t > 0);
     let peak_tflops = fields.number("peak_tflops", LEAST_PEAK_TFLOPS);
+    let frozen_cache = fields.tree("frozen_cache");
     let worker = fields.text("worker").map(|(worker, spot)| (worker.into(), spot));
     let device = device.and_then(|(device, spot)| match is_device(&device) {
         true => Some(device),
@@ -116,7 +121,17 @@ pub fn parse_executor(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) ->
             None
         }
     });
-    ExecutorTable { slots, device, threads, peak_tflops, worker }
+    let frozen_cache = frozen_cache.and_then(|tree| parse_cache(&format!("{key}.frozen_cache"), tree, problems));
+    ExecutorTable { slots, device, threads, peak_tflops, frozen_cache, worker }
+}
+
+/// Reads `frozen_cache`: a folder, and how much it may hold.
+fn parse_cache(key: &str, tree: &Tree, problems: &mut Vec<Diagnostic>) -> Option<((String, Spot), f64)> {
+    let mut fields = Fields::new(key, tree, &CACHE_KEYS, problems)?;
+    fields.require("path", &tree.spot);
+    fields.require("size", &tree.spot);
+    let (path, size) = (fields.text("path"), fields.gib("size"));
+    Some((path?, size?))
 }
 
 fn is_device(device: &str) -> bool {

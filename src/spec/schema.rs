@@ -81,8 +81,22 @@ struct LocalTable {
     /// 989 for an H100 in bf16: what the metric `throughput/mfu` is a share of. Without it the data sheet's number of a known
     /// GPU in bf16 is taken, and for other devices `throughput/mfu` is not reported.
     peak_tflops: Option<f64>,
+    /// A folder in which jobs that train keep what frozen parts make of images, and look it up: the autoencoder's moments and
+    /// the vision tower's tokens. No result depends on it; runs may share it.
+    frozen_cache: Option<CacheTable>,
     /// Worker program, relative to this file.
     worker: Option<String>,
+}
+
+/// `frozen_cache`.
+#[derive(JsonSchema)]
+#[schemars(deny_unknown_fields)]
+struct CacheTable {
+    /// The folder, relative to this file; made if it is not there.
+    path: String,
+    /// How much it may hold: GiB, or a text such as `200GiB`.
+    #[schemars(schema_with = "gib")]
+    size: Json,
 }
 
 /// `[node.NAME]`.
@@ -270,6 +284,10 @@ fn slots(_: &mut SchemaGenerator) -> Schema {
     let ids = json!({ "type": "array", "items": { "type": "integer", "minimum": 0 } });
     let share = json!({ "anyOf": [{ "type": "number", "minimum": 0 }, ids, { "type": "string" }] });
     json_schema!({ "type": "object", "additionalProperties": share })
+}
+
+fn gib(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "anyOf": [{ "type": "number", "minimum": 0 }, { "type": "string" }] })
 }
 
 fn condition(_: &mut SchemaGenerator) -> Schema {

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use deepgen_contract::id::NodeName;
+use deepgen_contract::job::FrozenCache;
 use deepgen_contract::settings::Settings;
 use tempfile::TempDir;
 
@@ -379,6 +380,7 @@ fn how_a_node_runs_is_read_merged_and_no_part_of_its_result() {
         keep_going = false
         [executor.local]
         slots = { gpu = [2, 3], cpu = 4, memory = "64GiB", license = 1 }
+        frozen_cache = { path = "../kept", size = "1.5GiB" }
         [node.a]
         stage = "prepare"
         set = { source = { kind = "prompts", path = "p.txt" } }
@@ -410,6 +412,8 @@ fn how_a_node_runs_is_read_merged_and_no_part_of_its_result() {
     assert!(!resolved.keep_going);
     assert_eq!(resolved.executor.slot_ids["gpu"], [2, 3]);
     assert_eq!((resolved.executor.slots["gpu"], resolved.executor.slots["memory"]), (2.0, 64.0));
+    let kept = FrozenCache { path: "kept".into(), max_bytes: 3 << 29 };
+    assert_eq!(resolved.executor.frozen_cache, Some(kept));
     let one = node(&resolved, "b[1]");
     assert_eq!((one.retries, one.priority, one.timeout_s, one.stall_s), (3, 5, Some(9000.0), Some(600.0)));
     assert_eq!((one.backoff.first_s, one.backoff.factor, one.backoff.most_s), (10.0, 3.0, 300.0));

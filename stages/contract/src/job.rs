@@ -97,9 +97,23 @@ pub struct JobSpec {
     /// Operations a second that the device reaches at most, in tera, for the share of it that is used; absent when unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak_tflops: Option<f64>,
+    /// Where a job that trains keeps what frozen parts make of images; absent when it computes that each time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub frozen_cache: Option<FrozenCache>,
     /// What is done differently because earlier attempts failed.
     #[serde(default)]
     pub remedies: JobRemedies,
+}
+
+/// A folder for what frozen parts make of images, by content: the autoencoder's moments, the vision tower's tokens. Jobs may
+/// share it, and no result depends on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FrozenCache {
+    /// The folder, absolute in a job; made if it is not there.
+    pub path: PathBuf,
+    /// Bytes that it may take; what is beyond is computed each time.
+    pub max_bytes: u64,
 }
 
 /// What an attempt does differently from the first, so that it does not fail of the same cause.

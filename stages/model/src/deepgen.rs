@@ -13,7 +13,7 @@ use crate::dit::{self, Dit};
 use crate::flow::{add_noise, ragged_loss};
 use crate::nn::to_dtype;
 use crate::parts::{Parts, PartsError};
-use crate::vae::Vae;
+use crate::vae::{Posterior, Vae};
 use crate::vlm::{PromptBatch, Reading, Vlm, VlmError};
 use crate::{Device, Tensor};
 
@@ -221,8 +221,21 @@ impl DeepGen {
     /// # Shapes
     /// - `pixels`: `[b, 3, height, width]`; `noise` and the result `[b, c, height / s, width / s]`
     pub fn encode(&self, pixels: Tensor<4>, noise: Tensor<4>) -> Tensor<4> {
-        let dtype = self.dtype();
-        self.vae.to_latents(to_dtype(pixels, dtype), to_dtype(noise, dtype)).detach()
+        self.latents(self.posterior(pixels), noise)
+    }
+
+    /// Encodes images in [-1, 1] to the autoencoder's moments, off the tape.
+    ///
+    /// # Shapes
+    /// - `pixels`: `[b, 3, height, width]`; the moments are `[b, c, height / s, width / s]`
+    pub fn posterior(&self, pixels: Tensor<4>) -> Posterior {
+        let Posterior { mean, logvar } = self.vae.encode(to_dtype(pixels, self.dtype()));
+        Posterior { mean: mean.detach(), logvar: logvar.detach() }
+    }
+
+    /// Samples the DiT's latents from moments with `noise` of their shape, off the tape.
+    pub fn latents(&self, posterior: Posterior, noise: Tensor<4>) -> Tensor<4> {
+        self.vae.normalize(posterior.sample(to_dtype(noise, self.dtype()))).detach()
     }
 
     /// Decodes latents to images in about [-1, 1], off the tape.

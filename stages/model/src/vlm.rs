@@ -27,6 +27,8 @@ pub struct PromptBatch {
     pub ids: Vec<Vec<u32>>,
     /// Images `[3, height, width]` in [-1, 1] of each prompt, in the order of their image tokens.
     pub images: Vec<Vec<Tensor<3>>>,
+    /// What [`Vlm::encode_images`] gave for all of the images in order, if that was done before.
+    pub vision: Option<Vec<Tensor<2>>>,
     /// Sizes of the batch that these prompts are a part of; nothing for a batch of its own.
     pub within: Frame,
 }
@@ -34,7 +36,7 @@ pub struct PromptBatch {
 impl PromptBatch {
     /// Makes a batch of prompts with their images.
     pub fn new(ids: Vec<Vec<u32>>, images: Vec<Vec<Tensor<3>>>) -> Self {
-        Self { ids, images, within: Frame::default() }
+        Self { ids, images, vision: None, within: Frame::default() }
     }
 
     /// Makes a batch of prompts without images.
@@ -47,6 +49,7 @@ impl PromptBatch {
     pub fn followed_by(mut self, other: Self) -> Self {
         self.ids.extend(other.ids);
         self.images.extend(other.images);
+        self.vision = self.vision.zip(other.vision).map(|(own, other)| [own, other].concat());
         self.within = self.within.with(other.within);
         self
     }
@@ -166,13 +169,20 @@ impl Vlm {
         let cut = (reading.padding, num_queries, reading.max_length);
         let layout = Layout::within(batch.within, &batch.ids, &grids, &self.config.tokens, cut)?;
 
-        let images: Vec<Tensor<3>> =
-            batch.images.iter().flatten().map(|image| to_dtype(image.clone(), self.compute)).collect();
-        let vision = self.visual.encode(&images);
+        let vision = match &batch.vision {
+            Some(vision) => vision.clone(),
+            None => self.encode_images(&batch.images.concat()),
+        };
         let vision = if reading.is_vision_trained { vision } else { vision.into_iter().map(Tensor::detach).collect() };
         let embeds = self.assemble(&layout, vision, reading.queries.clone());
         tap(|| "vlm.inputs_embeds".into(), &embeds);
         Ok((embeds, layout))
+    }
+
+    /// Returns the tokens `[tokens, d]` that the vision tower makes of each image `[3, height, width]` in [-1, 1].
+    pub fn encode_images(&self, images: &[Tensor<3>]) -> Vec<Tensor<2>> {
+        let images: Vec<Tensor<3>> = images.iter().map(|image| to_dtype(image.clone(), self.compute)).collect();
+        self.visual.encode(&images)
     }
 
     /// Returns the decoder's input `[b, t, d]` for a layout, the rows of its images in order, and its queries.

@@ -4,6 +4,7 @@
 //! Knows the model and a batch, no optimiser.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::tensor::{FloatDType, TensorData};
 use deepgen_contract::train::FloatKind;
@@ -20,6 +21,7 @@ use deepgen_model::{Device, Tensor};
 
 use crate::error::{JobResult, OrFail};
 use crate::feed::{have_one_size, stack, tensor};
+use crate::frozen_cache::FrozenCache;
 
 /// What a flow-matching loss needs beside the model and the batch.
 pub struct FlowStep {
@@ -31,6 +33,8 @@ pub struct FlowStep {
     pub draws: Draws,
     /// Where the loss is computed; with autodiff in training.
     pub device: Device,
+    /// What frozen parts made of images before.
+    pub cache: Option<Arc<FrozenCache>>,
 }
 
 /// Where the random numbers of a loss come from.
@@ -177,17 +181,23 @@ pub fn loss_name(group: &str, task: Task) -> String {
 
 impl FlowStep {
     /// Returns the prompts of a part of a batch, with their reference images.
-    pub fn prompts(&self, model: &DeepGen, part: &Part<'_>) -> PromptBatch {
+    ///
+    /// # Errors
+    /// When the cache cannot compute what it lacks.
+    pub fn prompts(&self, model: &DeepGen, part: &Part<'_>) -> JobResult<PromptBatch> {
         let images = |own: &Vec<Pixels>| own.iter().map(|image| tensor(image, &self.device)).collect();
         let ids = part.batch.ids[part.rows.clone()].to_vec();
         let mut prompts = PromptBatch::new(ids, part.references().iter().map(images).collect());
+        if let Some(cache) = &self.cache {
+            prompts.vision = cache.vision(model, &part.references().concat(), &self.device)?;
+        }
         if !part.is_whole() {
             let grid = |image: &Pixels| model.vlm.visual.grid(image.height, image.width);
             let grids: Vec<Vec<Grid>> =
                 part.batch.references.iter().map(|own| own.iter().map(grid).collect()).collect();
             prompts.within = Frame::of(&part.batch.ids, &grids);
         }
-        prompts
+        Ok(prompts)
     }
 
     /// Returns the mean loss of a part of a batch, of shape [1]; `stream` names its draws.
@@ -195,7 +205,7 @@ impl FlowStep {
     /// # Errors
     /// When a prompt does not fit the padding.
     pub fn loss(&self, model: &DeepGen, part: &Part<'_>, stream: &str, sigmas: &Sigmas) -> JobResult<Tensor<1>> {
-        let prompts = self.prompts(model, part);
+        let prompts = self.prompts(model, part)?;
         let condition = model.training_condition(&prompts).or_input(|| "read the prompts of a batch")?;
         self.loss_under(model, &condition, part, stream, sigmas)
     }
@@ -218,20 +228,18 @@ impl FlowStep {
         if let (true, Some(columns)) = (have_one_size(&part.batch.images), columns) {
             // One size: everything in a few large operations.
             let whose = Whose::Samples(rows.clone());
-            let pixels = stack(part.images(), &self.device)?;
-            let clean = self.encode(model, pixels, &format!("target/{stream}"), (Purpose::Target, &whose));
+            let clean = self.encode(model, part.images(), &format!("target/{stream}"), (Purpose::Target, &whose))?;
             let mut references = Vec::new();
             for (i, column) in columns.iter().enumerate() {
-                let pixels = stack(&column[rows.clone()], &self.device)?;
                 let name = format!("reference-{i}/{stream}");
-                references.push(self.encode(model, pixels, &name, (Purpose::Reference(i), &whose)));
+                references.push(self.encode(model, &column[rows.clone()], &name, (Purpose::Reference(i), &whose))?);
             }
             let velocity = |latents, timestep_b| model.velocity(latents, timestep_b, condition, &references);
             return Ok(self.loss_of_latents(clean, rows, stream, sigmas, velocity));
         }
-        let one = |image: &Pixels, name: String, purpose: Purpose, sample: usize| -> Tensor<3> {
-            let pixels = tensor(image, &self.device).unsqueeze::<4>();
-            self.encode(model, pixels, &name, (purpose, &Whose::Sample(sample))).squeeze_dim::<3>(0)
+        let one = |image: &Pixels, name: String, purpose: Purpose, sample: usize| -> JobResult<Tensor<3>> {
+            let (image, draw) = (std::slice::from_ref(image), (purpose, &Whose::Sample(sample)));
+            Ok(self.encode(model, image, &name, draw)?.squeeze_dim::<3>(0))
         };
         let target = |(i, image): (usize, &Pixels)| one(image, format!("target/{stream}"), Purpose::Target, i);
         let references = rows.clone().zip(part.references()).map(|(i, own)| {
@@ -239,8 +247,8 @@ impl FlowStep {
                 |(j, image): (usize, &Pixels)| one(image, format!("reference-{j}/{stream}"), Purpose::Reference(j), i);
             own.iter().enumerate().map(reference).collect()
         });
-        let references: Vec<Vec<Tensor<3>>> = references.collect();
-        let latents: Vec<Tensor<3>> = rows.clone().zip(part.images()).map(target).collect();
+        let references: Vec<Vec<Tensor<3>>> = references.collect::<JobResult<_>>()?;
+        let latents: Vec<Tensor<3>> = rows.clone().zip(part.images()).map(target).collect::<JobResult<_>>()?;
         let noise = rows.clone().zip(&latents).map(|(i, latent)| {
             let (name, whose) = (format!("noise/{stream}"), Whose::Sample(i));
             self.draws.normals(&name, Purpose::Noise, &whose, latent.dims(), &self.device).squeeze_dim::<3>(0)
@@ -286,12 +294,15 @@ impl FlowStep {
         }
     }
 
-    /// Encodes images `[b, 3, h, w]` to sampled latents.
-    fn encode(&self, model: &DeepGen, pixels: Tensor<4>, name: &str, draw: (Purpose, &Whose)) -> Tensor<4> {
-        let [_, _, h, w] = pixels.dims();
-        let vae = &model.spec().base.vae;
-        let shape = [vae.latent_channels, h / vae.downscale(), w / vae.downscale()];
-        model.encode(pixels, self.draws.normals(&format!("posterior/{name}"), draw.0, draw.1, shape, &self.device))
+    /// Encodes images of one size to sampled latents.
+    fn encode(&self, model: &DeepGen, images: &[Pixels], name: &str, draw: (Purpose, &Whose)) -> JobResult<Tensor<4>> {
+        let posterior = match &self.cache {
+            Some(cache) => cache.posterior(model, images, &self.device)?,
+            None => model.posterior(stack(images, &self.device)?),
+        };
+        let [_, c, h, w] = posterior.mean.dims();
+        let noise = self.draws.normals(&format!("posterior/{name}"), draw.0, draw.1, [c, h, w], &self.device);
+        Ok(model.latents(posterior, noise))
     }
 }
 

@@ -178,6 +178,7 @@ impl JobContext {
             earlier_attempts: Vec::new(),
             slot_ids: BTreeMap::new(),
             peak_tflops: None,
+            frozen_cache: None,
             remedies: JobRemedies::default(),
         };
         let (emitter, meter) = (Emitter::open(dir)?, Meter::new(None, None));

@@ -22,6 +22,7 @@ mod files;
 mod fit;
 mod flow_step;
 mod foreign;
+mod frozen_cache;
 mod gpu;
 mod guard;
 mod inspect;

@@ -118,6 +118,9 @@ impl Losses<DeepGen> for MicroBatches {
         for replaced in &batch.replaced {
             context.emitter.warn(format!("a sample was replaced: {replaced}"));
         }
+        if let Some(cache) = &self.flow.cache {
+            cache.report(&mut context.emitter);
+        }
         Ok(batch)
     }
 

@@ -114,9 +114,8 @@ impl WarmStart {
         };
         let ids = pad_right(&self.tokenizer, &texts, self.num_tokens, &plain)?;
         let (sequence, pooled) = self.conditioner.forward(ids);
-        let condition = model
-            .training_condition(&flow.prompts(model, &Part::whole(batch)))
-            .or_input(|| "read the prompts of a batch")?;
+        let prompts = flow.prompts(model, &Part::whole(batch))?;
+        let condition = model.training_condition(&prompts).or_input(|| "read the prompts of a batch")?;
         let [b, t, d] = condition.sequence.dims();
         let wanted = self.num_tokens.min(t);
         let last = sequence.clone().narrow(1, self.num_tokens - 1, 1).expand([b, t - wanted, d]);

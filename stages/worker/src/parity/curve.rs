@@ -126,6 +126,7 @@ pub fn run(case: &Case, check: &mut Checker) -> ParityResult<()> {
         // Replaced by what the case states before each loss.
         draws: Draws::Seeded(0),
         device: case.device.clone(),
+        cache: None,
     };
     let stated = Stated {
         latents: inputs.tensor("data")?,

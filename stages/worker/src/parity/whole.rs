@@ -210,11 +210,12 @@ pub fn loss(case: &Case, check: &mut Checker) -> ParityResult<()> {
         sigma_dtype: FloatKind::F32,
         draws: Draws::Recorded(recorded(&inputs, &batch)?),
         device: case.device.clone(),
+        cache: None,
     };
     let (model, _) = trainable::select(whole.model, &TRAINABLE.map(str::to_owned)).map_err(unsupported)?;
     whole.model = model;
     let model = &whole.model;
-    let prompts = flow.prompts(model, &Part::whole(&batch));
+    let prompts = flow.prompts(model, &Part::whole(&batch)).map_err(unsupported)?;
     let layout = lay_out(model, &prompts)?;
     let order: Vec<usize> = (0..batch.ids.len()).collect();
     check_ids(check, &layout, &order)?;

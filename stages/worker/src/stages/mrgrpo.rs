@@ -5,6 +5,7 @@
 //! repeat their sequence; every random draw is a function of the seed and the iteration, so that a resume is exact.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use burn::module::Module;
 use burn::tensor::{DType, FloatDType, TensorData};
@@ -33,6 +34,7 @@ use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, ensure_finite_loss, fit};
 use crate::flow_step::{Draws, FlowStep, Part, Sigmas};
+use crate::frozen_cache::FrozenCache;
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::learner::{Learner, UpdateRule, leave_out};
 use crate::model_folder;
@@ -74,6 +76,9 @@ pub fn run(settings: &RlSettings, context: &mut JobContext) -> JobResult<JobEnd>
     };
     notes.extend(model_folder::write_checkpoint(&trainer.learner, &context.out())?);
     notes.push(format!("{} updates of the optimiser", trainer.learner.updates()));
+    if let Some(cache) = &trainer.flow.cache {
+        cache.summarise(&mut context.emitter);
+    }
     Ok(JobEnd::Done(JobReport { metrics, notes }))
 }
 
@@ -129,6 +134,8 @@ impl RlTrainer {
             UpdateGranularity::PerBackward => "the optimiser steps after every backward pass, as in the release".into(),
             UpdateGranularity::PerIteration => "the optimiser steps once an iteration".into(),
         });
+        let cache = context.spec.frozen_cache.as_ref();
+        let cache = cache.map(|place| FrozenCache::open(place, &model, &trained.names)).transpose()?;
         Ok(Self {
             reference: model.clone().valid(),
             flow: FlowStep {
@@ -136,6 +143,7 @@ impl RlTrainer {
                 sigma_dtype: settings.sft.sigma_dtype,
                 draws: Draws::Seeded(seed),
                 device,
+                cache: cache.map(Arc::new),
             },
             learner: Learner::new(
                 model,
@@ -317,6 +325,9 @@ impl RlTrainer {
         if let Some(batch) = self.auxiliary_batch(iteration)? {
             let stream = format!("rl/{iteration}/sft");
             let loss = self.flow.loss(self.learner.model(), &Part::whole(&batch), &stream, &Sigmas::Drawn)?;
+            if let Some(cache) = &self.flow.cache {
+                cache.report(&mut context.emitter);
+            }
             let value = scalar(loss.clone());
             match ensure_finite_loss(iteration, "train/loss_text2image", value, &batch.keys) {
                 Ok(()) => {

@@ -3,6 +3,8 @@
 //! docs/spec/sft.md sections 1 to 4. An iteration is a micro-batch of one task; an update follows every `accumulation` of
 //! them. A warm start of the bridge, which the paper does not have, may come first (`warm_start`).
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::tensor::DType;
 use deepgen_contract::artifact::ArtifactKind;
@@ -25,6 +27,7 @@ use crate::emit::Metrics;
 use crate::error::{JobError, JobResult, OrFail};
 use crate::fit::{FitEnd, FitPlan, Trainer, fit};
 use crate::flow_step::{Draws, FlowStep, Part, Sigmas, divide, loss_name};
+use crate::frozen_cache::FrozenCache;
 use crate::job::{JobContext, JobEnd, JobReport};
 use crate::learner::{Learner, UpdateRule, leave_out};
 use crate::micro_batches::MicroBatches;
@@ -67,6 +70,9 @@ pub fn run(settings: &TrainSettings, context: &mut JobContext) -> JobResult<JobE
         metrics.insert(format!("data/share/{}", member.name), count as f64 / total);
     }
     context.emitter.note(mixture.realised_table(&num_drawn));
+    if let Some(cache) = &trainer.batches.flow.cache {
+        cache.summarise(&mut context.emitter);
+    }
     if let Some(samples) = &trainer.samples {
         samples.finish(context)?;
     }
@@ -136,11 +142,14 @@ impl StageTrainer {
                 Some(WarmStart::new(&settings.warm_start, conditioner, tokenizer, &model.spec().base, accumulation)?)
             }
         };
+        let cache = context.spec.frozen_cache.as_ref();
+        let cache = cache.map(|place| FrozenCache::open(place, &model, &trained.names)).transpose()?;
         let flow = FlowStep {
             table: TrainingTable::new(model.spec().base.scheduler_shift),
             sigma_dtype: settings.train.sigma_dtype,
             draws: Draws::Seeded(seed),
             device,
+            cache: cache.map(Arc::new),
         };
         let division = division(loader.mixture.description().micro_batch, context);
         let steps_before = warm_start.as_ref().map_or(0, WarmStart::iters);
@@ -249,6 +258,7 @@ impl Trainer for StageTrainer {
             sigma_dtype: self.batches.flow.sigma_dtype,
             draws: Draws::Seeded(self.seed),
             device: context.device.clone(),
+            cache: self.batches.flow.cache.clone(),
         };
         let mut metrics = Metrics::new();
         for (task, batches) in &self.held_out {
@@ -259,7 +269,7 @@ impl Trainer for StageTrainer {
                 .enumerate()
                 .flat_map(|(number, batch)| parts(batch).map(move |rows| (number, Part::of(batch, rows))));
             for (number, part) in parts {
-                let prompts = flow.prompts(&model, &part);
+                let prompts = flow.prompts(&model, &part)?;
                 let condition = model.training_condition(&prompts).or_input(|| "read the held-out prompts")?;
                 for &sigma in &self.settings.validation.sigmas {
                     let stream = format!("validation/{number}/{sigma}");

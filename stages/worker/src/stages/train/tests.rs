@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use deepgen_contract::data::{ContaminationPolicy, ContaminationSettings, MixSettings, Sampling, TaskCycle};
 use deepgen_contract::id::{Fingerprint, NodeName};
-use deepgen_contract::job::{JobInput, SamplesRecord};
+use deepgen_contract::job::{EVENTS_FILE, FrozenCache as CachePlace, JobInput, SamplesRecord};
 use deepgen_contract::train::SampleSettings;
 use deepgen_data::mix::mix;
 use deepgen_data::prepare::{PreparePlace, prepare};
@@ -251,4 +251,94 @@ fn images_are_drawn_on_the_way_and_change_nothing_that_is_trained() {
         record.steps.iter().map(|step| std::fs::read(folder.join(format!("step-{step:08}.png"))).unwrap()).collect();
     assert!(grids[0] != grids[2], "what is drawn changes with the weights");
     assert_eq!(image::load_from_memory(&grids[2]).unwrap().to_rgb8().dimensions(), (96, 32));
+}
+
+impl Bench {
+    /// Trains with a cache in `folder`; returns every byte that the training leaves and what it said.
+    fn run_cached(&self, name: &str, settings: &TrainSettings, cache: Option<(&Path, u64)>) -> (Vec<Vec<u8>>, String) {
+        let mut context = self.context(name, 1);
+        context.spec.frozen_cache = cache.map(|(path, max_bytes)| CachePlace { path: path.to_owned(), max_bytes });
+        assert!(matches!(run(settings, &mut context).unwrap(), JobEnd::Done(_)));
+        let mut left: Vec<Vec<u8>> =
+            context.emitter.metric_lines().iter().map(|line| line.as_bytes().to_vec()).collect();
+        left.push(std::fs::read(context.out().join(model_folder::TRAINED_FILE)).unwrap());
+        (left, std::fs::read_to_string(context.dir.join(EVENTS_FILE)).unwrap())
+    }
+}
+
+/// Returns every file below a folder, in order.
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let mut files: Vec<_> =
+        entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_cache_of_what_frozen_parts_compute_changes_no_bit_cold_warm_damaged_or_full() {
+    let bench = Bench::new();
+    let folder = bench.folder.path().join("frozen");
+    let settings = bench.settings();
+    let (expected, said) = bench.run_cached("without", &settings, None);
+    assert!(expected.len() > 12 && !said.contains("frozen cache"), "{said}");
+
+    let with = |name: &str, max_bytes: u64| bench.run_cached(name, &settings, Some((&folder, max_bytes)));
+    let (cold, said) = with("cold", 1 << 30);
+    assert_eq!(cold, expected);
+    // Batches hold samples that an earlier one held, and validation looks at the same ones every time.
+    assert!(said.contains("answers were there") && !said.contains(" 0 were computed"), "{said}");
+    let entries = files_below(&folder);
+    assert!(entries.len() > 50, "{} entries", entries.len());
+
+    let (warm, said) = with("warm", 1 << 30);
+    assert_eq!(warm, expected);
+    assert!(said.contains(" 0 were computed"), "{said}");
+
+    // A flipped bit, half a file, another entry's content.
+    for (number, path) in entries.iter().enumerate() {
+        let mut bytes = std::fs::read(path).unwrap();
+        match number % 3 {
+            0 => {
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 4;
+            }
+            1 => bytes.truncate(bytes.len() / 2),
+            _ => bytes = std::fs::read(&entries[(number + 3) % entries.len()]).unwrap(),
+        }
+        std::fs::write(path, bytes).unwrap();
+    }
+    let (damaged, said) = with("damaged", 1 << 30);
+    assert_eq!(damaged, expected);
+    assert!(said.contains("a damaged entry of `frozen_cache` is computed again"), "{said}");
+    let (mended, said) = with("mended", 1 << 30);
+    assert_eq!(mended, expected);
+    assert!(said.contains(" 0 were computed"), "what was damaged is whole again: {said}");
+
+    // A budget of a few entries holds them and no more.
+    std::fs::remove_dir_all(&folder).unwrap();
+    let (full, said) = with("full", 20_000);
+    assert_eq!(full, expected);
+    let num_bytes: u64 = files_below(&folder).iter().map(|path| std::fs::metadata(path).unwrap().len()).sum();
+    assert!(said.contains("takes no more") && (1..=20_000).contains(&num_bytes), "{num_bytes} bytes: {said}");
+}
+
+#[test]
+fn a_part_that_changes_is_not_cached() {
+    let bench = Bench::new();
+    let folder = bench.folder.path().join("frozen");
+    let mut settings = bench.settings();
+    settings.train.max_iters = 3;
+    settings.model.lora = serde_json::from_value(json!({
+        "kind": "adapters", "config": { "targets": "auto", "rank": 4, "alpha": 8.0, "dropout": 0.3 },
+    }))
+    .unwrap();
+    let (expected, _) = bench.run_cached("without", &settings, None);
+    for name in ["cold", "warm"] {
+        let (left, said) = bench.run_cached(name, &settings, Some((&folder, 1 << 30)));
+        assert_eq!(left, expected);
+        assert!(said.contains("keeps no vision"), "{said}");
+    }
+    let kept: Vec<_> = std::fs::read_dir(&folder).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert!(kept.len() == 1 && kept[0].to_string_lossy().starts_with("moments-"), "{kept:?}");
 }
