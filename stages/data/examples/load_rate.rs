@@ -15,9 +15,21 @@ use deepgen_data::prepare::{PreparePlace, prepare};
 use deepgen_data::resize::{Pixels, fit};
 use deepgen_data::source::DataSource;
 
+/// The worker's allocator, which keeps what was freed for the next image.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// As in the worker.
+const KEEP_FREED_MS: std::ffi::c_long = 10_000;
+
+/// mimalloc's number of the option `purge_delay`, which the bindings do not name.
+const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
+
 type Outcome<T> = Result<T, Box<dyn std::error::Error>>;
 
 fn main() -> Outcome<()> {
+    // SAFETY: sets a number that the allocator reads when it next frees.
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, KEEP_FREED_MS) };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match *arguments {

@@ -3,13 +3,16 @@
 //! Bicubic (a = -0.5), widened by the reduction factor, with 8 bits between the passes, as Pillow does; within 2/255
 //! of it. Knows nothing of files.
 
-use std::borrow::Cow;
+use std::cell::RefCell;
 
 use deepgen_contract::data::{ImageMode, ImageSettings};
 use fast_image_resize::images::{Image, ImageRef};
 use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
 use image::RgbImage;
 use thiserror::Error;
+
+/// Most bytes between the passes that are kept for the next image: those of an image of some megapixels.
+const KEPT_BYTES: usize = 16 << 20;
 
 /// An image as the model sees it: channels, rows, columns; values in -1..=1.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,23 +74,31 @@ pub fn resize(image: &RgbImage, width: u32, height: u32) -> Result<RgbImage, Res
     // Columns first and then rows, with bytes between, as Pillow does: the resampler by itself begins with the rows, and
     // where a pass overshoots and is clamped the order shows.
     let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
-    let mut resizer = Resizer::new();
-    let mut pass = |bytes: &[u8], from: (u32, u32), to: (u32, u32)| -> Result<Vec<u8>, ResizeError> {
-        let failed = |error: &dyn std::fmt::Display| ResizeError::Resampler(error.to_string());
-        let source = ImageRef::new(from.0, from.1, bytes, PixelType::U8x3).map_err(|e| failed(&e))?;
-        let mut target = Image::new(to.0, to.1, PixelType::U8x3);
-        resizer.resize(&source, &mut target, &options).map_err(|e| failed(&e))?;
-        Ok(target.into_vec())
-    };
-    let mut bytes = Cow::Borrowed(image.as_raw().as_slice());
-    if width != from_width {
-        bytes = Cow::Owned(pass(&bytes, (from_width, from_height), (width, from_height))?);
-    }
-    if height != from_height {
-        bytes = Cow::Owned(pass(&bytes, (width, from_height), (width, height))?);
-    }
-    let wrong = || ResizeError::Resampler("the buffer has a wrong length".into());
-    RgbImage::from_raw(width, height, bytes.into_owned()).ok_or_else(wrong)
+    SCRATCH.with_borrow_mut(|(resizer, between)| {
+        let mut pass = |bytes: &[u8], from: (u32, u32), out: &mut [u8], rows: u32| {
+            let failed = |error: &dyn std::fmt::Display| ResizeError::Resampler(error.to_string());
+            let source = ImageRef::new(from.0, from.1, bytes, PixelType::U8x3).map_err(|e| failed(&e))?;
+            let mut target = Image::from_slice_u8(width, rows, out, PixelType::U8x3).map_err(|e| failed(&e))?;
+            resizer.resize(&source, &mut target, &options).map_err(|e| failed(&e))
+        };
+        let mut resized = RgbImage::new(width, height);
+        if height == from_height || width == from_width {
+            pass(image.as_raw(), (from_width, from_height), &mut resized, height)?;
+            return Ok(resized);
+        }
+        between.resize(3 * width as usize * from_height as usize, 0);
+        pass(image.as_raw(), (from_width, from_height), between, from_height)?;
+        pass(between, (width, from_height), &mut resized, height)?;
+        if between.len() > KEPT_BYTES {
+            *between = Vec::new();
+        }
+        Ok(resized)
+    })
+}
+
+thread_local! {
+    /// The resampler's tables and the rows between its passes, kept from image to image.
+    static SCRATCH: RefCell<(Resizer, Vec<u8>)> = RefCell::new((Resizer::new(), Vec::new()));
 }
 
 /// Resizes by the settings' rule and maps to -1..=1.
@@ -107,14 +118,10 @@ pub fn to_pixels(image: &RgbImage) -> Pixels {
     let (width, height) = (image.width() as usize, image.height() as usize);
     let plane = width * height;
     let numbers: [f32; 256] = std::array::from_fn(|byte| byte as f32 / 255.0 * 2.0 - 1.0);
-    let mut values = vec![0.0; 3 * plane];
-    // Plane by plane in step, so that all three are written in order.
-    let (red, rest) = values.split_at_mut(plane);
-    let (green, blue) = rest.split_at_mut(plane);
-    for (((pixel, red), green), blue) in image.as_raw().chunks_exact(3).zip(red).zip(green).zip(blue) {
-        *red = numbers[usize::from(pixel[0])];
-        *green = numbers[usize::from(pixel[1])];
-        *blue = numbers[usize::from(pixel[2])];
+    // A plane after the other: every value is written once, and none before.
+    let mut values = Vec::with_capacity(3 * plane);
+    for channel in 0..3 {
+        values.extend(image.as_raw().chunks_exact(3).map(|pixel| numbers[usize::from(pixel[channel])]));
     }
     Pixels { height, width, values }
 }
