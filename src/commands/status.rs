@@ -2,6 +2,7 @@
 //!
 //! Opens no state and takes no lock, so it works while a run goes on.
 
+use std::io;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -74,8 +75,13 @@ struct RunStatus {
 pub fn status(args: &StatusArgs) -> Result<Exit> {
     let layout = artifacts_layout(args.artifacts.as_deref())?;
     let run = choose_run(&layout, args.run.as_deref())?;
-    let view = glance(&layout.run(&run))?;
-    let status = run_status(&layout, &run, &view);
+    let folder = layout.run(&run);
+    let (view, index) = std::thread::scope(|scope| {
+        let index = scope.spawn(|| RunIndex::read(&folder));
+        (glance(&folder), index.join())
+    });
+    let (view, index) = (view?, index.map_err(|_| io::Error::other("the run's index could not be read"))?);
+    let status = run_status(&layout, &run, &view, index);
     if args.json {
         println!("{}", serde_json::to_string_pretty(&status)?);
         return Ok(Exit::Done);
@@ -151,7 +157,7 @@ pub fn result_word(view: &RunView) -> &'static str {
     if is_owner_alive(view) { "running" } else { "interrupted" }
 }
 
-fn run_status(layout: &Layout, run: &str, view: &RunView) -> RunStatus {
+fn run_status(layout: &Layout, run: &str, view: &RunView, index: io::Result<RunIndex>) -> RunStatus {
     let is_running = result_word(view) == "running";
     let node_status = |node: &NodeName, stage: String, fingerprint: Fingerprint| {
         let seen = view.nodes.get(node);
@@ -166,7 +172,7 @@ fn run_status(layout: &Layout, run: &str, view: &RunView) -> RunStatus {
         }
     };
     // The index gives order, stages, and the nodes that nothing has happened to yet.
-    let nodes = match RunIndex::read(&layout.run(run)) {
+    let nodes = match index {
         Ok(index) => index.nodes.into_iter().map(|(node, stage, print)| node_status(&node, stage, print)).collect(),
         Err(error) => {
             tracing::warn!(%error, "only nodes with events are shown");

@@ -1,12 +1,14 @@
 //! A quick look at a journal: the same [`RunView`] as a careful reading gives, many times faster on a long one.
 //!
-//! Hashes are not checked, and only the last line of a node is understood in full. For `status` and `runs`, which look
-//! at journals of ten thousand nodes while a run goes on; nothing is decided from it.
+//! Hashes are not checked, ordinary lines are read by their layout, and only the last line of a node is understood in
+//! full. For `status` and `runs`, which look at journals of ten thousand nodes while a run goes on; nothing is decided
+//! from it.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::Path;
+use std::str::FromStr;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 use serde::Deserialize;
@@ -19,7 +21,7 @@ use crate::run::event::{NodeState, Origin, RunEvent};
 const LINES_OF_A_NODE: usize = 600;
 
 /// What is needed of a line.
-#[derive(Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 struct Line<'a> {
     seq: u64,
     ts_ms: u64,
@@ -27,7 +29,7 @@ struct Line<'a> {
     event: Event<'a>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 struct Event<'a> {
     kind: &'a str,
     #[serde(borrow)]
@@ -37,7 +39,7 @@ struct Event<'a> {
     state: Option<State<'a>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 struct State<'a> {
     state: &'a str,
     attempt: Option<u32>,
@@ -45,7 +47,7 @@ struct State<'a> {
     origin: Option<How<'a>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Debug, PartialEq, Deserialize)]
 struct How<'a> {
     how: &'a str,
     attempt: Option<u32>,
@@ -74,7 +76,10 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
     let mut view = RunView::default();
     let mut seen: HashMap<Cow<'_, str>, Seen<'_>> = HashMap::with_capacity(end / LINES_OF_A_NODE);
     for line in text[..end].lines() {
-        let parsed: Line<'_> = serde_json::from_str(line).map_err(|error| named(error.to_string()))?;
+        let parsed = match ordinary(line) {
+            Some(parsed) => parsed,
+            None => serde_json::from_str(line).map_err(|error| named(error.to_string()))?,
+        };
         match (parsed.event.node, parsed.event.state, parsed.event.fingerprint) {
             (Some(node), Some(state), Some(fingerprint)) if parsed.event.kind == "node" => {
                 let ts_ms = parsed.ts_ms;
@@ -116,6 +121,71 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
     let mut nodes: BTreeMap<_, _> = seen.into_iter().map(viewed).collect::<Result<_, _>>().map_err(named)?;
     view.nodes.append(&mut nodes);
     Ok(view)
+}
+
+/// Reads a line of a node that goes its way, if it is laid out exactly as this version writes it.
+fn ordinary(line: &str) -> Option<Line<'_>> {
+    let mut rest = Rest(line);
+    rest.skip(r#"{"version":1,"seq":"#)?;
+    let seq = rest.number()?;
+    rest.skip(r#","ts_ms":"#)?;
+    let ts_ms = rest.number()?;
+    rest.skip(r#","prev":""#)?;
+    rest.text()?;
+    rest.skip(r#","event":{"kind":"node","node":""#)?;
+    let node = rest.text()?;
+    rest.skip(r#","fingerprint":""#)?;
+    let fingerprint = rest.text()?;
+    rest.skip(r#","state":{"state":""#)?;
+    let word = rest.text()?;
+    let (mut attempt, mut origin) = (None, None);
+    match word {
+        "waiting" | "ready" => {}
+        "running" | "sealing" => attempt = Some(rest.attempt()?),
+        "done" => {
+            rest.skip(r#","origin":{"how":""#)?;
+            origin = Some(match rest.text()? {
+                how @ "cached" => How { how, attempt: None },
+                how @ "ran" => How { how, attempt: Some(rest.attempt()?) },
+                _ => return None,
+            });
+            rest.skip("}")?;
+        }
+        _ => return None,
+    }
+    rest.skip(r#"}},"hash":""#)?;
+    rest.text()?;
+    let state = State { state: word, attempt, origin };
+    let event = Event { kind: "node", node: Some(node.into()), fingerprint: Some(fingerprint), state: Some(state) };
+    (rest.0 == "}").then_some(Line { seq, ts_ms, event })
+}
+
+/// What is left of a line.
+struct Rest<'a>(&'a str);
+
+impl<'a> Rest<'a> {
+    fn skip(&mut self, text: &str) -> Option<()> {
+        self.0 = self.0.strip_prefix(text)?;
+        Some(())
+    }
+
+    fn number<T: FromStr>(&mut self) -> Option<T> {
+        let (digits, rest) = self.0.split_at(self.0.bytes().position(|byte| !byte.is_ascii_digit())?);
+        self.0 = rest;
+        digits.parse().ok()
+    }
+
+    /// Takes what stands before the next quote; text with an escape in it is not taken.
+    fn text(&mut self) -> Option<&'a str> {
+        let (text, rest) = self.0.split_once('"')?;
+        self.0 = rest;
+        (!text.contains('\\')).then_some(text)
+    }
+
+    fn attempt(&mut self) -> Option<u32> {
+        self.skip(r#","attempt":"#)?;
+        self.number()
+    }
 }
 
 /// A line with everything in it; its hash is left over.
@@ -185,6 +255,42 @@ mod tests {
         for (at, events) in batches.iter().enumerate() {
             journal.append(events, 10 * (at as u64 + 1)).unwrap();
             assert_eq!(glance(dir.path()).unwrap(), RunView::read(dir.path()).unwrap(), "after batch {at}");
+        }
+    }
+
+    #[test]
+    fn ordinary_lines_are_read_by_their_layout_and_others_are_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(JOURNAL_FILE);
+        let node = |name: &str, state| RunEvent::Node {
+            node: NodeName(name.into()),
+            fingerprint: Fingerprint([0xab; 32]),
+            state,
+        };
+        let ran = NodeState::Done { origin: Origin::Ran { attempt: 12 } };
+        let ordinary_states = [
+            NodeState::Waiting,
+            NodeState::Ready,
+            NodeState::Running { attempt: 1 },
+            NodeState::Sealing { attempt: 10 },
+            NodeState::Done { origin: Origin::Cached },
+            ran.clone(),
+        ];
+        let num_ordinary = ordinary_states.len();
+        let mut events: Vec<RunEvent> = ordinary_states.map(|state| node("a[b=\u{e4}]", state)).into();
+        let shared = NodeState::Done { origin: Origin::Shared { with: NodeName("a".into()) } };
+        events.extend([node("a", shared), node("a", NodeState::Blocked { by: NodeName("b".into()) })]);
+        events.extend([node("a\"", ran), RunEvent::RunFinished { result: RunResult::Done }]);
+        Journal::open(&path).unwrap().append(&events, 5).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        for (at, line) in text.lines().enumerate() {
+            let by_layout = ordinary(line);
+            assert_eq!(by_layout.is_some(), at < num_ordinary, "{line}");
+            let Some(by_layout) = by_layout else { continue };
+            assert_eq!(by_layout, serde_json::from_str(line).unwrap());
+            for end in 0..line.len() {
+                assert!(line.get(..end).and_then(ordinary).is_none(), "{end} bytes of {line}");
+            }
         }
     }
 }
