@@ -22,7 +22,7 @@ use crate::progress::Progress;
 use crate::progress::format::{count, now_ms, stamp};
 use crate::run::board::{Entry, Start};
 use crate::run::driver::link_node;
-use crate::run::event::{NodeState, Origin, RunEvent, RunResult};
+use crate::run::event::{NodeState, Origin, RunEvent};
 use crate::run::slots::Request;
 use crate::spec::{Resolved, ResolvedNode};
 use crate::store::index::RunIndex;
@@ -60,10 +60,9 @@ pub fn open_run(
     let (state, repairs) = State::open(layout, now_ms())?;
     repairs.iter().for_each(|repair| progress.note(repair));
     let identity = plan_identity(resolved, selected);
-    let is_open = |result: Option<RunResult>| matches!(result, None | Some(RunResult::Stopped));
     let rows = state.run_rows()?;
     let open =
-        rows.iter().rev().find(|(_, row)| row.pipeline == resolved.name && row.plan == identity && is_open(row.result));
+        rows.iter().rev().find(|(_, row)| row.pipeline == resolved.name && row.plan == identity && !row.has_ended());
     let (run, event, rows) = match open {
         Some((run, _)) => {
             let event = RunEvent::RunResumed { pid: holder.pid, host: holder.host.clone() };

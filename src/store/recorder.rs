@@ -65,10 +65,11 @@ impl Recorder {
         super::journal::sync_parent(&run_dir).map_err(|source| JournalError::Io { path, source })?;
         let view = RunView::read(&run_dir)?;
         let rows: Vec<_> = view.nodes.keys().filter_map(|node| Some((node.clone(), node_row(&view, node)?))).collect();
+        let row = run_row(&view);
         // The line number agrees, but a damaged page can lose one row and keep the other.
-        if state.node_rows(run)? != rows.iter().cloned().collect() {
+        if !row.has_ended() && state.node_rows(run)? != rows.iter().cloned().collect() {
             tracing::warn!(run, "wrote the state of the run again from its journal");
-            state.apply(run, &run_row(&view), &rows)?;
+            state.apply(run, &row, &rows)?;
         }
         let (orders, received) = channel();
         let (told, durable) = unbounded_channel();

@@ -1,4 +1,8 @@
-//! The resumable state that `run` reads at its start: a sled database with a row per run and per node.
+//! The resumable state that `run` reads at its start: a sled database with a row per run, and a row per node of the
+//! runs that can go on.
+//!
+//! Nothing asks for the nodes of a run that has ended, so their rows go with its end: what is read at a start does not
+//! grow with what was run before.
 //!
 //! sled is fast, but flushing it was measured to lose data at power loss unless its file is synced, and it can reopen
 //! empty, refuse to open, or panic on a damaged page. So the journals are the truth: every transaction carries the
@@ -81,6 +85,13 @@ pub struct RunRow {
     pub last_seq: u64,
 }
 
+impl RunRow {
+    /// Returns true when no process goes on with the run.
+    pub fn has_ended(&self) -> bool {
+        self.result.is_some_and(|result| result != RunResult::Stopped)
+    }
+}
+
 /// What the state holds of a node in a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NodeRow {
@@ -115,7 +126,7 @@ impl State {
         let mut repairs = Vec::new();
         let opened = guarded(&path, || Self::open_db(&path)).and_then(|state| {
             let rows = guarded(&path, || state.run_rows())?;
-            guarded(&path, || state.all_nodes())?;
+            guarded(&path, || state.check_nodes(&rows))?;
             Ok((state, rows))
         });
         match opened {
@@ -169,7 +180,7 @@ impl State {
         let path = layout.state().join(DB_DIR);
         let state = guarded(&path, || Self::open_db(&path))?;
         guarded(&path, || state.run_rows())?;
-        guarded(&path, || state.all_nodes())?;
+        guarded(&path, || state.node_keys(|_| false))?;
         Ok(state)
     }
 
@@ -189,18 +200,21 @@ impl State {
         Ok(Self { path: path.to_owned(), db, runs, nodes })
     }
 
-    /// Writes the rows of one transition, or of a batch of them, and returns when they are on disk.
+    /// Writes the rows of one transition, or of a batch of them, and returns when they are on disk. At the end of a run
+    /// the rows of its nodes are removed.
     ///
-    /// The run's row, which says up to which line of the journal the state reaches, comes last: cut short before it, the
-    /// state is behind its journal and is brought up.
+    /// The run's row, which says up to which line of the journal the state reaches, comes after those that it speaks for:
+    /// cut short before it, the state is behind its journal and is brought up. What is left over of a run that has ended is
+    /// removed at the next opening.
     ///
     /// # Errors
     /// When the database cannot be written or is damaged.
     pub fn apply(&self, run: &str, row: &RunRow, nodes: &[(NodeName, NodeRow)]) -> Result<(), StateError> {
         let encode = |source| StateError::Row { path: self.path.clone(), source };
+        let has_ended = row.has_ended();
         let row = serde_json::to_vec(row).map_err(encode)?;
         let mut rows = Vec::with_capacity(nodes.len());
-        for (node, row) in nodes {
+        for (node, row) in nodes.iter().filter(|_| !has_ended) {
             rows.push((node_key(run, node), serde_json::to_vec(row).map_err(encode)?));
         }
         guarded(&self.path, || {
@@ -210,6 +224,11 @@ impl State {
                 self.nodes.apply_batch(batch).map_err(|source| self.database(source))?;
             }
             self.runs.insert(run.as_bytes(), row.as_slice()).map_err(|source| self.database(source))?;
+            if has_ended {
+                let rows = self.nodes.scan_prefix(node_key(run, &NodeName(String::new()))).keys();
+                let keys = rows.collect::<Result<Vec<_>, _>>().map_err(|source| self.database(source))?;
+                self.remove(&keys)?;
+            }
             self.db.flush().map_err(|source| self.database(source))?;
             let file = self.path.join(DB_FILE);
             File::open(&file).and_then(|file| file.sync_all()).map_err(|source| StateError::Io { path: file, source })
@@ -229,7 +248,7 @@ impl State {
         Ok(rows)
     }
 
-    /// Returns the rows of a run's nodes.
+    /// Returns the rows of a run's nodes; there are none of a run that has ended.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -244,11 +263,31 @@ impl State {
         Ok(rows)
     }
 
-    /// Reads every page once, so that damage shows at the start and not in the middle of a run.
-    fn all_nodes(&self) -> Result<(), StateError> {
+    /// Reads every page once, so that damage shows at the start and not in the middle of a run, and removes what a kill or
+    /// an older program left of runs that have ended.
+    fn check_nodes(&self, runs: &BTreeMap<String, RunRow>) -> Result<(), StateError> {
+        self.remove(&self.node_keys(|run| runs.get(run).is_some_and(RunRow::has_ended))?)
+    }
+
+    /// Reads every row and returns the keys of those whose run is `chosen`.
+    fn node_keys(&self, chosen: impl Fn(&str) -> bool) -> Result<Vec<sled::IVec>, StateError> {
+        let mut keys = Vec::new();
         for entry in &self.nodes {
-            let (_, value) = entry.map_err(|source| self.database(source))?;
+            let (key, value) = entry.map_err(|source| self.database(source))?;
             self.decode::<NodeRow>(&value)?;
+            let run = key.split(|&byte| byte == 0).next().unwrap_or_default();
+            if std::str::from_utf8(run).is_ok_and(&chosen) {
+                keys.push(key);
+            }
+        }
+        Ok(keys)
+    }
+
+    fn remove(&self, keys: &[sled::IVec]) -> Result<(), StateError> {
+        for keys in keys.chunks(MOST_ROWS) {
+            let mut batch = sled::Batch::default();
+            keys.iter().for_each(|key| batch.remove(key));
+            self.nodes.apply_batch(batch).map_err(|source| self.database(source))?;
         }
         Ok(())
     }
@@ -401,6 +440,31 @@ mod tests {
         let (_dir, layout) = project();
         assert_eq!(verify(&layout).unwrap(), Verification::default());
         assert_holds_the_run(&layout, None);
+    }
+
+    #[test]
+    fn rows_of_nodes_go_when_their_run_has_ended_and_stay_when_it_was_stopped() {
+        for (result, num_left) in [(RunResult::Stopped, 1), (RunResult::Failed, 0), (RunResult::Done, 0)] {
+            let (_dir, layout) = project();
+            let (state, _) = State::open(&layout, 2).unwrap();
+            let left_over = state.node_rows("r1").unwrap();
+            assert_eq!(left_over.len(), 1);
+            let mut recorder = Recorder::open(&layout, "r1", state).unwrap();
+            recorder.record(&[RunEvent::RunFinished { result }], 3).unwrap();
+            drop(recorder);
+            assert_eq!(verify(&layout).unwrap(), Verification::default());
+            let (state, repairs) = State::open(&layout, 4).unwrap();
+            assert_eq!((state.node_rows("r1").unwrap().len(), repairs.len()), (num_left, 0), "{result:?}");
+            assert_eq!(state.run_rows().unwrap()["r1"].result, Some(result));
+            // A kill between the run's row and the end of the removal, or an older program.
+            for (node, row) in &left_over {
+                state.nodes.insert(node_key("r1", node), serde_json::to_vec(row).unwrap()).unwrap();
+            }
+            drop(state);
+            assert_eq!(verify(&layout).unwrap(), Verification::default());
+            let (state, _) = State::open(&layout, 5).unwrap();
+            assert_eq!(state.node_rows("r1").unwrap().len(), num_left, "{result:?}");
+        }
     }
 
     #[test]
