@@ -159,13 +159,13 @@ pub fn result_word(view: &RunView) -> &'static str {
 
 fn run_status(layout: &Layout, run: &str, view: &RunView, index: io::Result<RunIndex>) -> RunStatus {
     let is_running = result_word(view) == "running";
-    let node_status = |node: &NodeName, stage: String, fingerprint: Fingerprint| {
-        let seen = view.nodes.get(node);
+    let node_status = |node: NodeName, stage: String, fingerprint: Fingerprint| {
+        let seen = view.nodes.get(&node);
         let pace = seen.filter(|seen| seen.state.is_active()).map(|seen| pace(layout, seen));
         NodeStatus {
-            node: node.clone(),
+            node,
             stage,
-            status: view.state(node).clone(),
+            status: seen.map_or(NodeState::Waiting, |seen| seen.state.clone()),
             fingerprint,
             seconds: seen.and_then(|seen| seconds(seen, is_running)),
             pace,
@@ -173,11 +173,11 @@ fn run_status(layout: &Layout, run: &str, view: &RunView, index: io::Result<RunI
     };
     // The index gives order, stages, and the nodes that nothing has happened to yet.
     let nodes = match index {
-        Ok(index) => index.nodes.into_iter().map(|(node, stage, print)| node_status(&node, stage, print)).collect(),
+        Ok(index) => index.nodes.into_iter().map(|(node, stage, print)| node_status(node, stage, print)).collect(),
         Err(error) => {
             tracing::warn!(%error, "only nodes with events are shown");
             let nodes = view.nodes.iter();
-            nodes.map(|(node, seen)| node_status(node, String::new(), seen.fingerprint)).collect()
+            nodes.map(|(node, seen)| node_status(node.clone(), String::new(), seen.fingerprint)).collect()
         }
     };
     RunStatus {

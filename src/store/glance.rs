@@ -5,12 +5,13 @@
 //! from it.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 use std::str::FromStr;
 
 use deepgen_contract::id::{Fingerprint, NodeName};
+use memchr::{memchr, memchr_iter};
 use serde::Deserialize;
 
 use super::journal::{JOURNAL_FILE, JournalRecord};
@@ -74,8 +75,11 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
     let text = String::from_utf8(text).map_err(|error| named(error.to_string()))?;
     let end = text.rfind('\n').map_or(0, |at| at + 1);
     let mut view = RunView::default();
-    let mut seen: HashMap<Cow<'_, str>, Seen<'_>> = HashMap::with_capacity(end / LINES_OF_A_NODE);
-    for line in text[..end].lines() {
+    let mut nodes: Vec<Seen<'_>> = Vec::with_capacity(end / LINES_OF_A_NODE);
+    let mut places: HashMap<Cow<'_, str>, usize> = HashMap::with_capacity(end / LINES_OF_A_NODE);
+    let ends = memchr_iter(b'\n', text[..end].as_bytes());
+    for (start, end) in std::iter::once(0).chain(ends.clone().map(|at| at + 1)).zip(ends) {
+        let line = &text[start..end];
         let parsed = match ordinary(line) {
             Some(parsed) => parsed,
             None => serde_json::from_str(line).map_err(|error| named(error.to_string()))?,
@@ -83,7 +87,7 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
         match (parsed.event.node, parsed.event.state, parsed.event.fingerprint) {
             (Some(node), Some(state), Some(fingerprint)) if parsed.event.kind == "node" => {
                 let ts_ms = parsed.ts_ms;
-                let before = seen.get_mut(&node);
+                let before = places.get(&node).map(|at| &mut nodes[*at]);
                 let is_failure = matches!(state.state, "retrying" | "failed");
                 let starts = state.state == "running";
                 match before {
@@ -97,8 +101,8 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
                     }
                     None => {
                         let (failures, started_ms) = (u32::from(is_failure), starts.then_some(ts_ms));
-                        let new = Seen { line, ts_ms, state, fingerprint, started_ms, failures };
-                        seen.insert(node, new);
+                        places.insert(node, nodes.len());
+                        nodes.push(Seen { line, ts_ms, state, fingerprint, started_ms, failures });
                     }
                 }
                 (view.last_seq, view.updated_ms) = (parsed.seq, parsed.ts_ms);
@@ -106,7 +110,8 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
             _ => view.apply(&record(line).map_err(named)?),
         }
     }
-    let viewed = |(name, seen): (Cow<'_, str>, Seen<'_>)| {
+    let viewed = |(name, at): (Cow<'_, str>, usize)| {
+        let seen = &nodes[at];
         let state = match direct(&seen.state) {
             Some(state) => state,
             None => match record(seen.line)?.event {
@@ -115,11 +120,13 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
             },
         };
         let fingerprint = Fingerprint::parse(seen.fingerprint).map_err(|error| error.to_string())?;
-        let Seen { ts_ms: since_ms, started_ms, failures, .. } = seen;
+        let Seen { ts_ms: since_ms, started_ms, failures, .. } = *seen;
         Ok((NodeName(name.into_owned()), NodeView { fingerprint, state, since_ms, started_ms, failures }))
     };
-    let mut nodes: BTreeMap<_, _> = seen.into_iter().map(viewed).collect::<Result<_, _>>().map_err(named)?;
-    view.nodes.append(&mut nodes);
+    // A map is made fast of what is in order, and what is small is put in order fast.
+    let mut ordered: Vec<(Cow<'_, str>, usize)> = places.into_iter().collect();
+    ordered.sort_unstable();
+    view.nodes = ordered.into_iter().map(viewed).collect::<Result<_, _>>().map_err(named)?;
     Ok(view)
 }
 
@@ -177,9 +184,10 @@ impl<'a> Rest<'a> {
 
     /// Takes what stands before the next quote; text with an escape in it is not taken.
     fn text(&mut self) -> Option<&'a str> {
-        let (text, rest) = self.0.split_once('"')?;
-        self.0 = rest;
-        (!text.contains('\\')).then_some(text)
+        let end = memchr(b'"', self.0.as_bytes())?;
+        let text = &self.0[..end];
+        self.0 = &self.0[end + 1..];
+        memchr(b'\\', text.as_bytes()).is_none().then_some(text)
     }
 
     fn attempt(&mut self) -> Option<u32> {
