@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
 """bench.py --tools make,ninja --n 100,1000 --reps 3 --work DIR [--bin snakemake=VENV/bin ...] [--cap 240] [--out FILE.jsonl]
 
+Every repetition has a folder of its own, and folders are removed after the last step: a file system that does not hand out
+inodes again for minutes after a removal (ext4 without a journal: up to six) would make whoever creates files next pay for it.
+An invocation soon after another one suffers from it all the same.
+
 Steps per repetition: cold run, warm run, plan, late input changed + plan + run, first input changed + run.
 Each line of the output is one step: wall seconds, peak RSS (MiB, largest single process), exit status, sink right or not.
 """
-import argparse, json, os, shutil, signal, statistics as st, subprocess, sys, time
+import argparse, json, os, shutil, signal, statistics as st, subprocess, sys, tempfile, time
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import dag, tools
 TIME = shutil.which("time")
@@ -63,18 +67,18 @@ def main():
     a.add_argument("--bin", action="append", default=[]); a.add_argument("--cap", type=float, default=240)
     a.add_argument("--out"); a = a.parse_args()
     bins = dict(b.split("=", 1) for b in a.bin)
+    os.makedirs(a.work, exist_ok=True)
+    work = tempfile.mkdtemp(prefix="bench-", dir=os.path.abspath(a.work))
     rows = []
     for n in map(int, a.n.split(",")):
         for name in a.tools.split(","):
             if not installed(name, bins):
                 print(f"{name} is not installed: left out", flush=True)
                 continue
-            root = os.path.abspath(f"{a.work}/{name}-{n}")
-            shutil.rmtree(root, ignore_errors=True); os.makedirs(root)
             t = tools.ALL[name](os.path.abspath(bins[name]) if name in bins else "")
-            dag.lay_out(n, root); t.write(n, root)
             for rep in range(a.reps):
-                inp = dag.lay_out(n, root); t.clean(root)
+                root = tempfile.mkdtemp(prefix=f"{name}-{n}-", dir=work)
+                inp = dag.lay_out(n, root); t.write(n, root)
 
                 def step(what, argv, check=True):
                     r = go(argv, root, t.env, a.cap)
@@ -109,6 +113,7 @@ def main():
             cell.append(f"{s} {st.median(w):.3f}s" + ("!" if bad else "") if w else f"{s} >cap")
         print(k[0], k[1], "|", " | ".join(cell), f"| rss {max(r['rss'] for r in rs):.0f} MiB")
     ratios(rows)
+    shutil.rmtree(work, ignore_errors=True)
 
 
 main()

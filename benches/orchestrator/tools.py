@@ -1,9 +1,9 @@
-"""One adapter per tool: write(n, root) makes its pipeline file from the DAG; run/plan/clean are argv lists.
+"""One adapter per tool: write(n, root) makes its pipeline file from the DAG; run/plan are argv lists.
 
 `bin` is the folder of that tool's virtual environment (or "" for one on PATH).
 To add ours: a class with write() that turns dag.nodes(n) into a pipeline file, and the argv of run and plan.
 """
-import json, os, shutil, sys
+import json, os, sys
 import dag
 
 
@@ -22,10 +22,6 @@ class Tool:
 
     def sink(self, n, root):
         return f"{root}/{dag.nodes(n)[-1][1]}"
-
-    def clean(self, root):
-        shutil.rmtree(f"{root}/out", ignore_errors=True)
-        os.makedirs(f"{root}/out")
 
 
 class Make(Tool):
@@ -52,12 +48,6 @@ class Ninja(Tool):
             f.write(f"default {ns[-1][1]}\n")
         self.run, self.plan = ["ninja", "-j2", "--quiet"], ["ninja", "-n", "-d", "explain"]
 
-    def clean(self, root):
-        super().clean(root)
-        for p in (".ninja_log", ".ninja_deps"):
-            if os.path.exists(f"{root}/{p}"):
-                os.remove(f"{root}/{p}")
-
 
 class Snakemake(Tool):
     """One wildcard rule with an input function: the idiomatic form."""
@@ -81,10 +71,6 @@ rule node:
         self.run = [s, "--cores", "2", "--quiet", "all", "--scheduler", "greedy"]
         self.plan = [s, "-n", "--quiet", "all", "--cores", "2"]
 
-    def clean(self, root):
-        super().clean(root)
-        shutil.rmtree(f"{root}/.snakemake", ignore_errors=True)
-
 
 class Dvc(Tool):
     """One stage per node in dvc.yaml, no SCM. DVC runs stages one at a time."""
@@ -104,14 +90,6 @@ class Dvc(Tool):
             subprocess.run([self.b + "dvc", "config", "core.analytics", "false"], cwd=root, check=True)
             subprocess.run([self.b + "dvc", "config", "core.check_update", "false"], cwd=root, check=True)
         self.run, self.plan = [self.b + "dvc", "repro", "-q"], [self.b + "dvc", "repro", "--dry", "-q"]
-
-    def clean(self, root):
-        super().clean(root)
-        for p in ("dvc.lock",):
-            if os.path.exists(f"{root}/{p}"):
-                os.remove(f"{root}/{p}")
-        for p in ("cache", "tmp"):
-            shutil.rmtree(f"{root}/.dvc/{p}", ignore_errors=True)
 
 
 class Luigi(Tool):
@@ -155,12 +133,6 @@ def task_node():
         self.run = [self.b + "doit", "-n", "2"]
         self.plan = [self.b + "doit", "list", "--all", "--status"]
 
-    def clean(self, root):
-        super().clean(root)
-        for p in os.listdir(root):
-            if p.startswith(".doit.db"):
-                os.remove(f"{root}/{p}")
-
 
 class Redun(Tool):
     """Call-graph caching in SQLite; each node is a task returning a File."""
@@ -184,10 +156,6 @@ def main():
 ''')
         self.run = [self.b + "redun", "run", "wf.py", "main"]
         self.jobs = "threads"
-
-    def clean(self, root):
-        super().clean(root)
-        shutil.rmtree(f"{root}/.redun", ignore_errors=True)
 
 
 class HyperQueue(Tool):
@@ -239,10 +207,6 @@ class Deepgen(Tool):
     def sink(self, n, root):
         runs = sorted(os.listdir(f"{root}/artifacts/runs"))
         return f"{root}/artifacts/runs/{runs[-1]}/nodes/n{self.last}/v"
-
-    def clean(self, root):
-        super().clean(root)
-        shutil.rmtree(f"{root}/artifacts", ignore_errors=True)
 
 
 ALL = {t.name: t for t in (Deepgen, Make, Ninja, Snakemake, Dvc, Luigi, Doit, Redun, HyperQueue)}
