@@ -197,21 +197,18 @@ impl Journal {
     /// # Errors
     /// When writing fails; the journal must then be opened again.
     pub fn append(&mut self, events: &[RunEvent], ts_ms: u64) -> Result<Vec<JournalRecord>, JournalError> {
-        let mut text = String::new();
+        let mut text = Vec::new();
         let mut records = Vec::with_capacity(events.len());
         for event in events {
             let seq = self.seq + 1;
             let prev = std::mem::take(&mut self.last_hash);
             let record = JournalRecord { version: JOURNAL_VERSION, seq, ts_ms, prev, event: event.clone() };
-            let (line, hash) = encode(&record).map_err(JournalError::Encode)?;
-            text.push_str(&line);
-            text.push('\n');
+            self.last_hash = encode(&record, &mut text).map_err(JournalError::Encode)?;
             self.seq = seq;
-            self.last_hash = hash;
             records.push(record);
         }
         let io = |source| JournalError::Io { path: self.path.clone(), source };
-        self.file.write_all(text.as_bytes()).map_err(io)?;
+        self.file.write_all(&text).map_err(io)?;
         Ok(records)
     }
 }
@@ -224,11 +221,17 @@ pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     }
 }
 
-fn encode(record: &JournalRecord) -> Result<(String, String), serde_json::Error> {
-    let body = serde_json::to_string(record)?;
-    let hash = hash_of(&body);
-    let open = body.strip_suffix('}').unwrap_or(&body);
-    Ok((format!("{open}{HASH_KEY}{hash}\"}}"), hash))
+/// Adds the line of a record to `text` and returns its hash.
+fn encode(record: &JournalRecord, text: &mut Vec<u8>) -> Result<String, serde_json::Error> {
+    let start = text.len();
+    serde_json::to_writer(&mut *text, record)?;
+    let hash = hash_of(&text[start..]);
+    // The hash takes the place of the closing brace.
+    text.pop();
+    for part in [HASH_KEY, &hash, "\"}\n"] {
+        text.extend_from_slice(part.as_bytes());
+    }
+    Ok(hash)
 }
 
 /// Reads a line and its hash. The hash is over the text as written, so that no number has to be printed again.
@@ -239,15 +242,15 @@ pub(super) fn decode(line: &[u8]) -> Result<(JournalRecord, String), String> {
     let at = open.len().checked_sub(HASH_LEN).filter(|at| open.is_char_boundary(*at)).ok_or_else(no_hash)?;
     let (open, hash) = open.split_at(at);
     let body = format!("{}}}", open.strip_suffix(HASH_KEY).ok_or_else(no_hash)?);
-    if hash_of(&body) != hash {
+    if hash_of(body.as_bytes()) != hash {
         return Err("its hash does not match".into());
     }
     let record = serde_json::from_str(&body).map_err(|error| error.to_string())?;
     Ok((record, hash.to_owned()))
 }
 
-fn hash_of(body: &str) -> String {
-    blake3::hash(body.as_bytes()).to_hex()[..HASH_LEN].to_owned()
+fn hash_of(body: &[u8]) -> String {
+    blake3::hash(body).to_hex()[..HASH_LEN].to_owned()
 }
 
 #[cfg(test)]

@@ -25,10 +25,13 @@ use crate::run::event::RunEvent;
 /// each sync makes the file system write all the folders anew that have changed, so many of them slow down a run of short nodes.
 const GROUP_TIME: Duration = Duration::from_millis(200);
 
+/// Most lines of one write: a run of ten thousand nodes begins with as many.
+const MOST_LINES: usize = 512;
+
 /// What the thread beside is told.
 enum Order {
     /// These lines are written.
-    Lines { seq: u64, row: RunRow, nodes: Vec<(NodeName, NodeRow)>, has_results: bool },
+    Lines { seq: u64, row: RunRow, nodes: Vec<(NodeName, Option<NodeRow>)>, has_results: bool },
     /// Somebody waits.
     Now,
 }
@@ -64,12 +67,17 @@ impl Recorder {
         let journal = Journal::open(&path)?;
         super::journal::sync_parent(&run_dir).map_err(|source| JournalError::Io { path, source })?;
         let view = RunView::read(&run_dir)?;
-        let rows: Vec<_> = view.nodes.keys().filter_map(|node| Some((node.clone(), node_row(&view, node)?))).collect();
+        let rows: BTreeMap<_, _> =
+            view.nodes.keys().filter_map(|node| Some((node.clone(), node_row(&view, node)?))).collect();
         let row = run_row(&view);
+        let stored = state.node_rows(run)?;
         // The line number agrees, but a damaged page can lose one row and keep the other.
-        if !row.has_ended() && state.node_rows(run)? != rows.iter().cloned().collect() {
+        if !row.has_ended() && stored != rows {
             tracing::warn!(run, "wrote the state of the run again from its journal");
-            state.apply(run, &row, &rows)?;
+            let removed = stored.into_keys().filter(|node| !rows.contains_key(node)).map(|node| (node, None));
+            let removed: Vec<_> = removed.collect();
+            let kept = rows.into_iter().map(|(node, row)| (node, Some(row)));
+            state.apply(run, &row, &removed.into_iter().chain(kept).collect::<Vec<_>>())?;
         }
         let (orders, received) = channel();
         let (told, durable) = unbounded_channel();
@@ -94,16 +102,20 @@ impl Recorder {
         if events.is_empty() {
             return Ok(self.journal.seq());
         }
-        for record in &self.journal.append(events, now_ms)? {
-            self.view.apply(record);
-        }
         let (mut nodes, mut has_results) = (Vec::new(), false);
-        for event in events {
-            if let RunEvent::Node { node, state, .. } = event
-                && let Some(row) = node_row(&self.view, node)
-            {
-                nodes.push((node.clone(), row));
+        for events in events.chunks(MOST_LINES) {
+            for record in self.journal.append(events, now_ms)? {
+                let RunEvent::Node { node, state, .. } = &record.event else {
+                    self.view.apply(&record);
+                    continue;
+                };
+                let had_row = node_row(&self.view, node).is_some();
+                self.view.apply(&record);
+                let row = node_row(&self.view, node);
                 has_results |= state.is_done();
+                if had_row || row.is_some() {
+                    nodes.push((node.clone(), row));
+                }
             }
         }
         let seq = self.journal.seq();
@@ -221,7 +233,7 @@ impl Group {
 #[derive(Default)]
 struct Gathered {
     last: Option<(u64, RunRow)>,
-    nodes: BTreeMap<NodeName, NodeRow>,
+    nodes: BTreeMap<NodeName, Option<NodeRow>>,
     has_results: bool,
 }
 

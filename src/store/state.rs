@@ -1,8 +1,8 @@
-//! The resumable state that `run` reads at its start: a sled database with a row per run, and a row per node of the
-//! runs that can go on.
+//! The resumable state that `run` reads at its start: a sled database with a row per run, and a row per node that
+//! something happened to in a run that can go on.
 //!
-//! Nothing asks for the nodes of a run that has ended, so their rows go with its end: what is read at a start does not
-//! grow with what was run before.
+//! Nothing asks for the nodes of a run that has ended, so their rows go with its end, and a node whose result was there
+//! before the run has none: what is written and read grows neither with the runs before nor with what is cached.
 //!
 //! sled is fast, but flushing it was measured to lose data at power loss unless its file is synced, and it can reopen
 //! empty, refuse to open, or panic on a damaged page. So the journals are the truth: every transaction carries the
@@ -22,13 +22,15 @@ use serde::{Deserialize, Serialize};
 use super::journal::{self, JOURNAL_FILE, JournalError};
 use super::layout::Layout;
 use super::runs::{self, RunView};
-use crate::run::event::{NodeState, RunResult};
+use crate::run::event::{NodeState, Origin, RunResult};
 
 /// Name of the database folder inside the state folder.
 pub const DB_DIR: &str = "db";
 /// sled's own log inside the database folder.
 const DB_FILE: &str = "db";
 const CACHE_BYTES: u64 = 16 * 1024 * 1024;
+/// State of a node whose result was there before the run.
+const CACHED: NodeState = NodeState::Done { origin: Origin::Cached };
 /// Most rows of one transaction: sled keeps every version of a page that a transaction makes until it ends.
 const MOST_ROWS: usize = 256;
 
@@ -180,7 +182,7 @@ impl State {
         let path = layout.state().join(DB_DIR);
         let state = guarded(&path, || Self::open_db(&path))?;
         guarded(&path, || state.run_rows())?;
-        guarded(&path, || state.node_keys(|_| false))?;
+        guarded(&path, || state.node_keys(|_, _| false))?;
         Ok(state)
     }
 
@@ -200,8 +202,8 @@ impl State {
         Ok(Self { path: path.to_owned(), db, runs, nodes })
     }
 
-    /// Writes the rows of one transition, or of a batch of them, and returns when they are on disk. At the end of a run
-    /// the rows of its nodes are removed.
+    /// Writes the rows of one transition, or of a batch of them, and returns when they are on disk. A node without a row
+    /// loses the one it had; at the end of a run all rows of its nodes are removed.
     ///
     /// The run's row, which says up to which line of the journal the state reaches, comes after those that it speaks for:
     /// cut short before it, the state is behind its journal and is brought up. What is left over of a run that has ended is
@@ -209,18 +211,24 @@ impl State {
     ///
     /// # Errors
     /// When the database cannot be written or is damaged.
-    pub fn apply(&self, run: &str, row: &RunRow, nodes: &[(NodeName, NodeRow)]) -> Result<(), StateError> {
+    pub fn apply(&self, run: &str, row: &RunRow, nodes: &[(NodeName, Option<NodeRow>)]) -> Result<(), StateError> {
         let encode = |source| StateError::Row { path: self.path.clone(), source };
         let has_ended = row.has_ended();
         let row = serde_json::to_vec(row).map_err(encode)?;
         let mut rows = Vec::with_capacity(nodes.len());
         for (node, row) in nodes.iter().filter(|_| !has_ended) {
-            rows.push((node_key(run, node), serde_json::to_vec(row).map_err(encode)?));
+            let row = row.as_ref().map(serde_json::to_vec).transpose().map_err(encode)?;
+            rows.push((node_key(run, node), row));
         }
         guarded(&self.path, || {
             for rows in rows.chunks(MOST_ROWS) {
                 let mut batch = sled::Batch::default();
-                rows.iter().for_each(|(key, row)| batch.insert(key.as_slice(), row.as_slice()));
+                for (key, row) in rows {
+                    match row {
+                        Some(row) => batch.insert(key.as_slice(), row.as_slice()),
+                        None => batch.remove(key.as_slice()),
+                    }
+                }
                 self.nodes.apply_batch(batch).map_err(|source| self.database(source))?;
             }
             self.runs.insert(run.as_bytes(), row.as_slice()).map_err(|source| self.database(source))?;
@@ -248,7 +256,7 @@ impl State {
         Ok(rows)
     }
 
-    /// Returns the rows of a run's nodes; there are none of a run that has ended.
+    /// Returns the rows of a run's nodes; there are none of a run that has ended, nor of cached nodes.
     ///
     /// # Errors
     /// When the database cannot be read.
@@ -264,19 +272,19 @@ impl State {
     }
 
     /// Reads every page once, so that damage shows at the start and not in the middle of a run, and removes what a kill or
-    /// an older program left of runs that have ended.
+    /// an older program left of runs that have ended and of cached nodes.
     fn check_nodes(&self, runs: &BTreeMap<String, RunRow>) -> Result<(), StateError> {
-        self.remove(&self.node_keys(|run| runs.get(run).is_some_and(RunRow::has_ended))?)
+        self.remove(&self.node_keys(|run, row| runs.get(run).is_some_and(RunRow::has_ended) || row.state == CACHED)?)
     }
 
-    /// Reads every row and returns the keys of those whose run is `chosen`.
-    fn node_keys(&self, chosen: impl Fn(&str) -> bool) -> Result<Vec<sled::IVec>, StateError> {
+    /// Reads every row and returns the keys of those that are `chosen` by their run and what they hold.
+    fn node_keys(&self, chosen: impl Fn(&str, &NodeRow) -> bool) -> Result<Vec<sled::IVec>, StateError> {
         let mut keys = Vec::new();
         for entry in &self.nodes {
             let (key, value) = entry.map_err(|source| self.database(source))?;
-            self.decode::<NodeRow>(&value)?;
+            let row = self.decode::<NodeRow>(&value)?;
             let run = key.split(|&byte| byte == 0).next().unwrap_or_default();
-            if std::str::from_utf8(run).is_ok_and(&chosen) {
+            if std::str::from_utf8(run).is_ok_and(|run| chosen(run, &row)) {
                 keys.push(key);
             }
         }
@@ -294,7 +302,7 @@ impl State {
 
     fn rebuild_run(&self, layout: &Layout, run: &str) -> Result<(), StateError> {
         let view = RunView::read(&layout.run(run))?;
-        let rows = view.nodes.keys().filter_map(|node| Some((node.clone(), node_row(&view, node)?)));
+        let rows = view.nodes.keys().map(|node| (node.clone(), node_row(&view, node)));
         self.apply(run, &run_row(&view), &rows.collect::<Vec<_>>())
     }
 
@@ -312,9 +320,9 @@ pub fn run_row(view: &RunView) -> RunRow {
     RunRow { pipeline: view.pipeline.clone(), plan: view.plan.clone(), result: view.result, last_seq: view.last_seq }
 }
 
-/// Returns what the state holds of a node.
+/// Returns what the state holds of a node, if anything.
 pub fn node_row(view: &RunView, node: &NodeName) -> Option<NodeRow> {
-    let node = view.nodes.get(node)?;
+    let node = view.nodes.get(node).filter(|node| node.state != CACHED)?;
     Some(NodeRow { fingerprint: node.fingerprint, state: node.state.clone(), failures: node.failures })
 }
 
@@ -389,7 +397,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::run::event::{Origin, RunEvent};
+    use crate::run::event::RunEvent;
     use crate::store::recorder::Recorder;
     use crate::store::verification::{Verification, verify};
 
@@ -400,14 +408,13 @@ mod tests {
         let (state, repairs) = State::open(&layout, 1).unwrap();
         assert_eq!(repairs, Vec::<String>::new());
         let mut recorder = Recorder::open(&layout, "r1", state).unwrap();
-        let node = RunEvent::Node {
-            node: NodeName("a".into()),
-            fingerprint: Fingerprint([7; 32]),
-            state: NodeState::Done { origin: Origin::Cached },
-        };
         recorder.record(&[started()], 1).unwrap();
-        recorder.record(&[node], 2).unwrap();
+        recorder.record(&[node("a", NodeState::Done { origin: Origin::Ran { attempt: 1 } })], 2).unwrap();
         (dir, layout)
+    }
+
+    fn node(name: &str, state: NodeState) -> RunEvent {
+        RunEvent::Node { node: NodeName(name.into()), fingerprint: Fingerprint([7; 32]), state }
     }
 
     fn started() -> RunEvent {
@@ -432,7 +439,7 @@ mod tests {
         let row = &state.run_rows().unwrap()["r1"];
         assert_eq!((row.last_seq, row.plan.as_str()), (2, "x"));
         let node = &state.node_rows("r1").unwrap()[&NodeName("a".into())];
-        assert_eq!(node.state, NodeState::Done { origin: Origin::Cached });
+        assert_eq!(node.state, NodeState::Done { origin: Origin::Ran { attempt: 1 } });
     }
 
     #[test]
@@ -465,6 +472,30 @@ mod tests {
             let (state, _) = State::open(&layout, 5).unwrap();
             assert_eq!(state.node_rows("r1").unwrap().len(), num_left, "{result:?}");
         }
+    }
+
+    #[test]
+    fn a_node_that_turns_out_cached_has_no_row_and_loses_the_one_it_had() {
+        let (_dir, layout) = project();
+        let names = |state: &State| state.node_rows("r1").unwrap().into_keys().map(|node| node.0).collect::<Vec<_>>();
+        let cached = || NodeState::Done { origin: Origin::Cached };
+        let (state, _) = State::open(&layout, 2).unwrap();
+        let mut recorder = Recorder::open(&layout, "r1", state).unwrap();
+        recorder.record(&[node("b", NodeState::Ready), node("c", cached())], 3).unwrap();
+        drop(recorder);
+        let (state, _) = State::open(&layout, 4).unwrap();
+        assert_eq!(names(&state), ["a", "b"]);
+        let mut recorder = Recorder::open(&layout, "r1", state).unwrap();
+        recorder.record(&[node("b", cached()), node("c", cached())], 5).unwrap();
+        drop(recorder);
+        assert_eq!(verify(&layout).unwrap(), Verification::default());
+        let (state, repairs) = State::open(&layout, 6).unwrap();
+        assert_eq!((names(&state), repairs.len()), (vec!["a".to_owned()], 0));
+        // A row more than the journal tells of: of an older program.
+        let row = NodeRow { fingerprint: Fingerprint([7; 32]), state: cached(), failures: 0 };
+        state.nodes.insert(node_key("r1", &NodeName("c".into())), serde_json::to_vec(&row).unwrap()).unwrap();
+        drop(Recorder::open(&layout, "r1", state).unwrap());
+        assert_eq!(names(&State::open(&layout, 7).unwrap().0), ["a"]);
     }
 
     #[test]
