@@ -117,12 +117,15 @@ pub fn resolve(
     let made: Vec<Option<Made>> = tables.iter().map(|table| made(project, table)).collect();
     let wiring = wire(&tables, &made, problems);
     let mut instances = expand(&tables, &wiring, problems);
+    let is_whole: Vec<bool> = wiring.wires.into_iter().map(|wires| wires.is_whole).collect();
     let executor = executor(&pipeline, &chosen, &project.root);
     let layers = Layers { project, instances: &pipeline.instances, chosen: &chosen, request, profiles: &profiles };
     check_selectors(&layers, &tables, &instances, problems);
     let drafts: Vec<_> = instances.iter().map(|i| layers.draft(&tables[i.table], i, kinds[i.table])).collect();
-    // The layers have been merged: what they held is in the drafts, and of thousands of nodes there is no second copy.
-    tables.iter_mut().for_each(|table| table.set = None);
+    // Wires are in the instances and settings in the drafts: of thousands of nodes there is no second copy.
+    for table in &mut tables {
+        (table.set, table.inputs) = (None, Vec::new());
+    }
     let (settings, rest): (Vec<Option<Tree>>, Vec<_>) =
         drafts.into_iter().map(|draft| (draft.settings, (draft.run, draft.when))).unzip();
     let mut references = References::new(&tables, &instances, &settings, &scope);
@@ -150,8 +153,8 @@ pub fn resolve(
         let table = &tables[instance.table];
         let (Some((stage, _)), Some(kind)) = (&table.stage, kinds[instance.table]) else { continue };
         let (Some(settings), Presence::Here { lost_members }) = (settings, &presence[at]) else { continue };
-        let is_whole = wiring.wires[instance.table].is_whole;
-        let node = typing.node((table, instance), (stage, kind, is_whole), (settings, lost_members), run);
+        let stage = (stage.as_str(), kind, is_whole[instance.table]);
+        let node = typing.node((table, instance), stage, (settings, lost_members), run);
         if let Some(mut node) = node {
             let inputs = instance.inputs.iter().map(|(port, at)| (port.clone(), instances[*at].name.clone()));
             node.inputs = inputs.collect();

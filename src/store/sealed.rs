@@ -34,7 +34,7 @@ pub struct SealedResult {
     /// The manifest that says so.
     manifest: Stamp,
     /// Every file but the manifest, with its size in bytes.
-    files: Vec<(String, u64)>,
+    files: Box<[(String, u64)]>,
 }
 
 impl SealedResult {
