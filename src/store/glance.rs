@@ -77,7 +77,7 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
     let mut view = RunView::default();
     let mut nodes: Vec<Seen<'_>> = Vec::with_capacity(end / LINES_OF_A_NODE);
     let mut places: HashMap<Cow<'_, str>, usize> = HashMap::with_capacity(end / LINES_OF_A_NODE);
-    let ends = memchr_iter(b'\n', text[..end].as_bytes());
+    let ends = memchr_iter(b'\n', &text.as_bytes()[..end]);
     for (start, end) in std::iter::once(0).chain(ends.clone().map(|at| at + 1)).zip(ends) {
         let line = &text[start..end];
         let parsed = match ordinary(line) {
