@@ -15,34 +15,35 @@ use crate::rl::RlSettings;
 use crate::stage::StageKind;
 use crate::train::{HandoffSettings, TrainSettings};
 
-/// Settings of a node, tagged by the kind of its stage.
+/// Settings of a node, tagged by the kind of its stage. The large ones are boxed: a plan may hold ten thousand commands,
+/// and each node takes as much room as the largest variant.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "stage_kind", content = "settings", rename_all = "snake_case")]
 pub enum Settings {
     /// See [`ImportSettings`].
-    Import(ImportSettings),
+    Import(Box<ImportSettings>),
     /// See [`PrepareSettings`].
-    Prepare(PrepareSettings),
+    Prepare(Box<PrepareSettings>),
     /// See [`MixSettings`].
     Mix(MixSettings),
     /// See [`TrainSettings`].
-    Train(TrainSettings),
+    Train(Box<TrainSettings>),
     /// See [`RlSettings`].
-    Rl(RlSettings),
+    Rl(Box<RlSettings>),
     /// See [`HandoffSettings`].
     Handoff(HandoffSettings),
     /// See [`GenerateSettings`].
-    Generate(GenerateSettings),
+    Generate(Box<GenerateSettings>),
     /// See [`ScoreSettings`].
     Score(ScoreSettings),
     /// See [`BaseTokenizerSettings`].
     BaseTokenizer(BaseTokenizerSettings),
     /// See [`BaseVaeSettings`].
-    BaseVae(BaseVaeSettings),
+    BaseVae(Box<BaseVaeSettings>),
     /// See [`BaseVlmSettings`].
-    BaseVlm(BaseVlmSettings),
+    BaseVlm(Box<BaseVlmSettings>),
     /// See [`BaseDitSettings`].
-    BaseDit(BaseDitSettings),
+    BaseDit(Box<BaseDitSettings>),
     /// See [`AssembleSettings`].
     Assemble(AssembleSettings),
     /// See [`CommandSettings`].
