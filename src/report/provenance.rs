@@ -236,7 +236,7 @@ fn made_by(data: &ReportData, manifest: &Manifest) -> String {
 fn changed_settings(node: &NodeReport) -> Vec<(String, String)> {
     let stage_file = format!("stages/{}.toml", node.planned.node.stage);
     let is_changed = |key: &str| match node.planned.node.origin(key) {
-        Some(Origin::File { file, profile: None, .. }) => *file != stage_file,
+        Some(Origin::File { file, profile: None, .. }) => **file != *stage_file,
         Some(_) => true,
         None => false,
     };

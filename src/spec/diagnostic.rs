@@ -104,7 +104,7 @@ pub fn quoted_list(names: &[&str]) -> String {
 pub fn distinct(problems: Vec<Diagnostic>) -> Vec<Diagnostic> {
     let mut seen = BTreeSet::new();
     let key = |problem: &Diagnostic| {
-        let place = problem.labels.first().map(|label| (Arc::as_ptr(&label.spot.source) as usize, label.spot.start));
+        let place = problem.labels.first().map(|label| (Arc::as_ptr(&label.spot.source) as usize, label.spot.start()));
         (problem.message.clone(), place)
     };
     // What follows from a line that could not be read is no problem of its own.
@@ -127,7 +127,7 @@ pub fn distinct(problems: Vec<Diagnostic>) -> Vec<Diagnostic> {
             if at == files.len() {
                 files.push(file);
             }
-            (at, label.spot.start)
+            (at, label.spot.start())
         })
     });
     distinct
@@ -177,8 +177,9 @@ impl Report {
         for label in &diagnostic.labels {
             let spot = &label.spot;
             if Some(&spot.source) == first {
-                let length = spot.end.saturating_sub(spot.start).max(usize::from(spot.start < spot.source.text.len()));
-                labels.push(LabeledSpan::new(Some(label.text.clone()), spot.start, length));
+                let length =
+                    spot.end().saturating_sub(spot.start()).max(usize::from(spot.start() < spot.source.text.len()));
+                labels.push(LabeledSpan::new(Some(label.text.clone()), spot.start(), length));
             } else {
                 elsewhere.push(format!("{}:{}: {}", spot.source.name, spot.line(), label.text));
             }
@@ -187,7 +188,7 @@ impl Report {
         Self {
             message: diagnostic.message.clone(),
             help: (!elsewhere.is_empty()).then(|| elsewhere.join("\n")),
-            source: first.map(|source| NamedSource::new(&source.name, source.text.clone())),
+            source: first.map(|source| NamedSource::new(&*source.name, source.text.clone())),
             labels,
         }
     }

@@ -22,7 +22,7 @@ pub fn merged(project: &Project, source: &Arc<Source>, problems: &mut Vec<Diagno
 }
 
 fn file_of(source: &Source) -> PathBuf {
-    location::normal(&source.folder.join(Path::new(&source.name).file_name().unwrap_or_default()))
+    location::normal(&source.folder.join(Path::new(&*source.name).file_name().unwrap_or_default()))
 }
 
 struct Reader<'a> {

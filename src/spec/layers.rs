@@ -5,6 +5,8 @@
 //! experiment's, then `--set`). `--smoke` lowers what comes of it, except where `--set` has spoken. A profile that builds on another, by `extends` or as `tiny` and `small` build on
 //! `shapes`, comes right after it.
 
+use std::sync::Arc;
+
 use deepgen_contract::stage::StageKind;
 
 use super::diagnostic::Diagnostic;
@@ -39,9 +41,9 @@ pub struct Draft {
     /// Settings; nothing when the stage is not known.
     pub settings: Option<Tree>,
     /// How it runs.
-    pub run: RunTable,
+    pub run: Arc<RunTable>,
     /// When it is there.
-    pub when: Option<Condition>,
+    pub when: Option<Box<Condition>>,
 }
 
 impl Layers<'_> {
@@ -66,7 +68,7 @@ impl Layers<'_> {
         };
         let mut lay = |over: &InstanceTable| {
             merge(over.set.as_ref());
-            run.merge(&over.run);
+            Arc::make_mut(&mut run).merge(&over.run);
             when = over.when.clone().or_else(|| when.take());
         };
         self.instances.iter().filter(|over| selects(&over.selector)).for_each(&mut lay);

@@ -39,7 +39,7 @@ fn in_pieces(source: &Arc<Source>, least: usize) -> Option<Table> {
                 continue;
             };
             // A key that was assigned above the first header is no table that headers may add to.
-            if known.key.start < first_header {
+            if known.key.start() < first_header {
                 return None;
             }
             let into = shared.entry(key).or_default();
@@ -124,7 +124,14 @@ mod tests {
             Some(table) => {
                 let one = |(key, entry): (&String, &Entry)| {
                     let Entry { key: spot, tree } = entry;
-                    format!("{key}@{}-{} {}-{} {}\n", spot.start, spot.end, tree.spot.start, tree.spot.end, told(tree))
+                    format!(
+                        "{key}@{}-{} {}-{} {}\n",
+                        spot.start(),
+                        spot.end(),
+                        tree.spot.start(),
+                        tree.spot.end(),
+                        told(tree)
+                    )
                 };
                 format!("{{\n{}}}", table.iter().map(one).collect::<String>())
             }

@@ -75,11 +75,11 @@ pub struct NodeTable {
     /// Nodes that must be done before it, in order of writing.
     pub needs: Vec<(String, Spot)>,
     /// When it is there.
-    pub when: Option<Condition>,
+    pub when: Option<Box<Condition>>,
     /// Changes of settings.
     pub set: Option<Tree>,
     /// Changes of how it runs.
-    pub run: RunTable,
+    pub run: Arc<RunTable>,
 }
 
 /// `port = "node"`.
@@ -103,7 +103,7 @@ pub struct InstanceTable {
     /// Its place.
     pub spot: Spot,
     /// When they are there.
-    pub when: Option<Condition>,
+    pub when: Option<Box<Condition>>,
     /// Changes of settings.
     pub set: Option<Tree>,
     /// Changes of how they run.
@@ -174,7 +174,7 @@ impl Pipeline {
             }
         }
         for (name, _, tree) in profiles {
-            let marked = tree.clone().in_profile(&Arc::from(name));
+            let marked = tree.clone().in_profile(&Arc::new(name.to_owned()));
             let layer = parse_layer(&format!("profile.{name}"), &marked, &PROFILE_KEYS, problems);
             pipeline.profiles.insert(name.to_owned(), layer);
         }
@@ -196,7 +196,7 @@ fn parse_node(key: &str, name: &str, spot: &Spot, tree: &Tree, problems: &mut Ve
         needs: Vec::new(),
         when: None,
         set: None,
-        run: RunTable::default(),
+        run: Arc::default(),
     };
     check_name(name, spot, problems);
     let known = [&NODE_KEYS[..], &RUN_KEYS].concat();
@@ -204,7 +204,7 @@ fn parse_node(key: &str, name: &str, spot: &Spot, tree: &Tree, problems: &mut Ve
     if let Some(mut fields) = Fields::new(key, tree, &known, problems) {
         fields.require("stage", spot);
         node.stage = fields.text("stage");
-        node.run = parse_run(key, &mut fields, &mut wrong);
+        node.run = Arc::new(parse_run(key, &mut fields, &mut wrong));
         node.needs = fields.texts("needs");
         for (port, port_spot, value) in fields.entries("inputs") {
             match value.text() {
@@ -222,7 +222,7 @@ fn parse_node(key: &str, name: &str, spot: &Spot, tree: &Tree, problems: &mut Ve
             }
         }
         node.set = fields.tree("set").map(|set| set.clone().undotted());
-        node.when = fields.tree("when").map(|tree| when::parse(&format!("{key}.when"), tree, &mut wrong));
+        node.when = fields.tree("when").map(|tree| when::parse(&format!("{key}.when"), tree, &mut wrong).into());
         if let Some(over) = fields.tree("over") {
             node.axes.over = parse_over(&format!("{key}.over"), over, &mut wrong);
         }
@@ -279,7 +279,7 @@ fn parse_instance(
     if let Some(mut fields) = Fields::new(key, tree, &known, problems) {
         instance.run = parse_run(key, &mut fields, &mut wrong);
         instance.set = fields.tree("set").map(|set| set.clone().undotted());
-        instance.when = fields.tree("when").map(|tree| when::parse(&format!("{key}.when"), tree, &mut wrong));
+        instance.when = fields.tree("when").map(|tree| when::parse(&format!("{key}.when"), tree, &mut wrong).into());
     }
     check_set(key, instance.set.as_ref(), &mut wrong);
     problems.extend(wrong);

@@ -30,7 +30,7 @@ pub struct Project {
     variables: BTreeMap<String, String>,
     stages: BTreeMap<String, Option<StageFile>>,
     /// Every file that was read, by its name.
-    read: RefCell<BTreeMap<String, Arc<Source>>>,
+    read: RefCell<BTreeMap<Arc<str>, Arc<Source>>>,
 }
 
 impl Project {
@@ -99,7 +99,7 @@ impl Project {
 
     /// Returns the text of every file read so far, by its name.
     pub fn sources(&self) -> BTreeMap<String, String> {
-        self.read.borrow().iter().map(|(name, source)| (name.clone(), source.text.clone())).collect()
+        self.read.borrow().iter().map(|(name, source)| (name.to_string(), source.text.clone())).collect()
     }
 
     /// Reads the stage file that is named at `spot`, unless it was read before.

@@ -141,7 +141,7 @@ pub fn resolve(
         }
     }
     let mut facts = Facts { profiles: &profiles, known_profiles: &known, references: &mut references };
-    let conditions = rest.iter().map(|(_, when)| when.as_ref());
+    let conditions = rest.iter().map(|(_, when)| when.as_deref());
     let unmet: Vec<Option<String>> = conditions.enumerate().map(|(at, when)| facts.broken(at, when?)).collect();
     problems.append(&mut references.problems);
     let presence = decide(&mut instances, &kinds, unmet);

@@ -183,7 +183,8 @@ pub enum Origin {
     /// In a file of the project.
     File {
         /// Path relative to the project's root.
-        file: String,
+        #[serde(with = "shared_text")]
+        file: Arc<str>,
         /// Line, from 1.
         line: usize,
         /// Profile whose table holds it.
@@ -269,6 +270,21 @@ impl MetricRef {
 impl fmt::Display for MetricRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.node, self.metric)
+    }
+}
+
+/// Saves a shared text like any other, which serde does only with a feature that every crate would be built with.
+mod shared_text {
+    use std::sync::Arc;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(text: &Arc<str>, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(text)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Arc<str>, D::Error> {
+        String::deserialize(from).map(Arc::from)
     }
 }
 

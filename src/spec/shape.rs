@@ -234,7 +234,7 @@ impl Check<'_> {
             let mut problem = Diagnostic::new(format!("missing {noun} {}", quoted_list(&names)));
             problem = problem.help(format!("add set.{} = ..., or give it a default in the stage file", names[0]));
             // An empty span is the root of a file, where a caret would say nothing.
-            match self.owner.filter(|_| tree.spot.start == tree.spot.end) {
+            match self.owner.filter(|_| tree.spot.start() == tree.spot.end()) {
                 Some(owner) => problem = problem.at(owner, "this node needs it"),
                 None => problem = problem.at_value(tree, "not here"),
             }

@@ -124,6 +124,6 @@ mod tests {
         assert!(problems.is_empty());
         lower(&mut tree, StageKind::BaseVae, &source);
         assert_eq!(tree.json()["phases"], serde_json::json!([{ "steps": 2 }, { "steps": 1 }]));
-        assert_eq!(tree.get("phases").unwrap().spot.source.name, SOURCE);
+        assert_eq!(tree.get("phases").unwrap().spot.source.name.as_ref(), SOURCE);
     }
 }

@@ -9,7 +9,7 @@ use deepgen_contract::stage::StageKind;
 
 use super::diagnostic::Diagnostic;
 use super::shape::{self, Check};
-use super::tree::{Spot, Tree, Value};
+use super::tree::{Tree, Value};
 
 /// The profile that changes nothing in stage files: their defaults are the paper's values.
 pub const PAPER_PROFILE: &str = "paper";
@@ -43,7 +43,7 @@ impl StageFile {
         let kind = match &kind {
             Some(entry) => parse_kind(&entry.tree, problems)?,
             None => {
-                let start = Spot { end: 1.min(root.source.text.len()), ..root };
+                let start = root.source.spot(root.start(), 1.min(root.source.text.len()));
                 let problem = Diagnostic::new("missing key `kind`").at(&start, "not in this file");
                 problems.push(problem.help(r#"a stage file starts with its kind, such as kind = "train""#));
                 return None;
@@ -58,7 +58,7 @@ impl StageFile {
             match entry.tree.value {
                 Value::Table(table) => {
                     for (name, entry) in Arc::unwrap_or_clone(table) {
-                        let marked = entry.tree.in_profile(&Arc::from(name.as_str()));
+                        let marked = entry.tree.in_profile(&Arc::new(name.clone()));
                         profiles.insert(name, marked);
                     }
                 }

@@ -57,7 +57,7 @@ impl Experiment {
         fields.require("pipeline", &start);
         fields.text("description");
         let name = fields.text("name").map(|(name, _)| name);
-        let stem = || Path::new(&source.name).file_stem().map(|stem| stem.to_string_lossy().into_owned());
+        let stem = || Path::new(&*source.name).file_stem().map(|stem| stem.to_string_lossy().into_owned());
         let (pipeline, profile) = (fields.text("pipeline"), fields.text("profile"));
         let mut compare = Vec::new();
         for item in fields.list("compare") {

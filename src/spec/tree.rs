@@ -18,7 +18,7 @@ use super::resolved::Origin;
 #[derive(Debug, PartialEq, Eq)]
 pub struct Source {
     /// Path relative to the project's root, or `command line`.
-    pub name: String,
+    pub name: Arc<str>,
     /// Folder that relative paths in it start from, absolute.
     pub folder: PathBuf,
     /// The whole text.
@@ -33,7 +33,7 @@ pub struct Source {
 
 impl Source {
     /// Returns a file's text under its name; relative paths in it start from `folder`.
-    pub fn file(name: impl Into<String>, folder: impl Into<PathBuf>, text: impl Into<String>) -> Arc<Self> {
+    pub fn file(name: impl Into<Arc<str>>, folder: impl Into<PathBuf>, text: impl Into<String>) -> Arc<Self> {
         let text = text.into();
         let newlines = text.match_indices('\n').map(|(at, _)| at).collect();
         Arc::new(Self {
@@ -60,32 +60,42 @@ impl Source {
 
     /// Returns the spot of some of its bytes.
     pub fn spot(self: &Arc<Self>, start: usize, end: usize) -> Spot {
-        Spot { source: self.clone(), start, end, profile: None }
+        let short = |at: usize| u32::try_from(at).unwrap_or(u32::MAX);
+        Spot { source: self.clone(), start: short(start), end: short(end), profile: None }
     }
 }
 
-/// A stretch of a source.
+/// A stretch of a source. Every key and every value has one, so it is kept small: sources end at 4 GiB, and the name of
+/// the profile is behind a thin pointer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spot {
     /// Where.
     pub source: Arc<Source>,
-    /// First byte.
-    pub start: usize,
-    /// One past the last byte.
-    pub end: usize,
+    start: u32,
+    end: u32,
     /// Profile whose table holds it.
-    pub profile: Option<Arc<str>>,
+    pub profile: Option<Arc<String>>,
 }
 
 impl Spot {
+    /// Returns the position of its first byte.
+    pub fn start(&self) -> usize {
+        self.start as usize
+    }
+
+    /// Returns the position behind its last byte.
+    pub fn end(&self) -> usize {
+        self.end as usize
+    }
+
     /// Returns its place in the order of writing, over all files that are merged into one.
     pub fn order(&self) -> (usize, usize) {
-        (self.source.rank.get().copied().unwrap_or(0), self.start)
+        (self.source.rank.get().copied().unwrap_or(0), self.start())
     }
 
     /// Returns the line, from 1.
     pub fn line(&self) -> usize {
-        self.source.line(self.start)
+        self.source.line(self.start())
     }
 
     /// Returns the origin that a resolved node records.
@@ -93,10 +103,10 @@ impl Spot {
         if self.source.is_command_line {
             return Origin::CommandLine;
         }
-        if self.source.name == super::smoke::SOURCE {
+        if *self.source.name == *super::smoke::SOURCE {
             return Origin::Smoke;
         }
-        let profile = self.profile.as_ref().map(|profile| profile.to_string());
+        let profile = self.profile.as_deref().cloned();
         Origin::File { file: self.source.name.clone(), line: self.line(), profile }
     }
 }
@@ -276,7 +286,7 @@ impl Tree {
     }
 
     /// Marks everything as written in a profile's table.
-    pub fn in_profile(mut self, profile: &Arc<str>) -> Self {
+    pub fn in_profile(mut self, profile: &Arc<String>) -> Self {
         self.spot.profile = Some(profile.clone());
         self.value = match self.value {
             Value::List(items) => Value::List(items.iter().map(|item| item.clone().in_profile(profile)).collect()),
@@ -394,13 +404,13 @@ fn convert(value: Spanned<DeValue<'_>>, source: &Arc<Source>, offset: usize) -> 
 /// Nothing for a key that stands twice only because its table does.
 fn syntax_error(error: &toml::de::Error, tree: &Tree, whole: &Spot) -> Option<Diagnostic> {
     let span = error.span().unwrap_or(0..0);
-    let spot = Spot { start: span.start, end: span.end, ..whole.clone() };
+    let spot = whole.source.spot(span.start, span.end);
     if error.message() != "duplicate key" {
         let problem = Diagnostic::new(format!("{NOT_TOML}: {}", error.message())).at(&spot, "here");
         return Some(problem.help(remedy(error.message())));
     }
     let (keys, header) = keys_at(&spot);
-    let first = if header.start <= spot.start && spot.end <= header.end {
+    let first = if header.start() <= spot.start() && spot.end() <= header.end() {
         headers(&whole.source).find(|(known, _)| *known == keys).map(|(_, first)| first)
     } else {
         let mut entry: Option<&Entry> = None;
@@ -408,7 +418,7 @@ fn syntax_error(error: &toml::de::Error, tree: &Tree, whole: &Spot) -> Option<Di
             entry = entry.map_or(tree, |entry| &entry.tree).table().and_then(|table| table.get(key));
         }
         let first = entry.map(|entry| entry.key.clone());
-        if first.as_ref().is_some_and(|first| first.start < header.start) {
+        if first.as_ref().is_some_and(|first| first.start() < header.start()) {
             return None;
         }
         first
@@ -418,7 +428,7 @@ fn syntax_error(error: &toml::de::Error, tree: &Tree, whole: &Spot) -> Option<Di
         [table, name] if table == "node" => format!("two nodes are named `{name}`"),
         _ => format!("`{name}` is written twice"),
     };
-    let problem = match first.filter(|first| first.start < spot.start) {
+    let problem = match first.filter(|first| first.start() < spot.start()) {
         Some(first) => Diagnostic::new(format!("{what}: in line {} and in line {}", first.line(), spot.line()))
             .at(&spot, "again here")
             .at(&first, "first here"),
@@ -453,10 +463,10 @@ fn headers(source: &Arc<Source>) -> impl Iterator<Item = (Vec<String>, Spot)> + 
 
 /// Returns the keys, from the root, of the header or assignment that `spot` stands in, and the header it stands under.
 fn keys_at(spot: &Spot) -> (Vec<String>, Spot) {
-    let above = headers(&spot.source).take_while(|(_, header)| header.start <= spot.start).last();
+    let above = headers(&spot.source).take_while(|(_, header)| header.start() <= spot.start()).last();
     let (mut keys, header) = above.unwrap_or_else(|| (Vec::new(), spot.source.spot(0, 0)));
-    if spot.start >= header.end {
-        keys.push(path::split(&spot.source.text[spot.start..spot.end]).concat());
+    if spot.start() >= header.end() {
+        keys.push(path::split(&spot.source.text[spot.start()..spot.end()]).concat());
     }
     (keys, header)
 }
