@@ -8,9 +8,9 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use deepgen_contract::id::NodeName;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -28,14 +28,6 @@ const GROUP_TIME: Duration = Duration::from_millis(200);
 /// Most lines of one write: a run of ten thousand nodes begins with as many.
 const MOST_LINES: usize = 512;
 
-/// What the thread beside is told.
-enum Order {
-    /// These lines are written.
-    Lines { seq: u64, row: RunRow, nodes: Vec<(NodeName, Option<NodeRow>)>, has_results: bool },
-    /// Somebody waits.
-    Now,
-}
-
 /// Lines up to this number are durable, or why they cannot become so.
 pub type Durable = Result<u64, StateError>;
 
@@ -45,7 +37,7 @@ pub struct Recorder {
     run_dir: PathBuf,
     journal: Journal,
     view: RunView,
-    orders: Option<Sender<Order>>,
+    queue: Arc<Queue>,
     durable: UnboundedReceiver<Durable>,
     durable_seq: u64,
     thread: Option<JoinHandle<()>>,
@@ -79,19 +71,20 @@ impl Recorder {
             let kept = rows.into_iter().map(|(node, row)| (node, Some(row)));
             state.apply(run, &row, &removed.into_iter().chain(kept).collect::<Vec<_>>())?;
         }
-        let (orders, received) = channel();
+        let queue = Arc::new(Queue::default());
         let (told, durable) = unbounded_channel();
         let group = Group {
             run: run.to_owned(),
+            queue: queue.clone(),
             file: journal.file().map_err(at(&run_dir))?,
             results: File::open(layout.root()).map_err(at(layout.root()))?,
             state,
             told,
         };
-        let thread = std::thread::Builder::new().name("recorder".into()).spawn(move || group.serve(&received));
+        let thread = std::thread::Builder::new().name("recorder".into()).spawn(move || group.serve());
         let thread = Some(thread.map_err(at(&run_dir))?);
         let durable_seq = journal.seq();
-        Ok(Self { run_dir, journal, view, orders: Some(orders), durable, durable_seq, thread })
+        Ok(Self { run_dir, journal, view, queue, durable, durable_seq, thread })
     }
 
     /// Writes events down, in order, and returns the number of the last line; it is not durable yet.
@@ -119,9 +112,7 @@ impl Recorder {
             }
         }
         let seq = self.journal.seq();
-        let lines = Order::Lines { seq, row: run_row(&self.view), nodes, has_results };
-        // When the thread has gone it has said why, and whoever waits for it hears that.
-        let _ = self.orders.as_ref().map(|orders| orders.send(lines));
+        self.queue.add(seq, run_row(&self.view), nodes, has_results);
         Ok(seq)
     }
 
@@ -136,7 +127,7 @@ impl Recorder {
 
     /// Asks for everything that was written to become durable without waiting for more.
     pub fn hurry(&mut self) {
-        let _ = self.orders.as_ref().map(|orders| orders.send(Order::Now));
+        self.queue.hurry();
     }
 
     /// Returns true when everything that was written is durable, as far as was heard.
@@ -177,7 +168,7 @@ impl Recorder {
 impl Drop for Recorder {
     fn drop(&mut self) {
         // The thread ends when it has done what it was told.
-        self.orders = None;
+        self.queue.close();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -187,6 +178,7 @@ impl Drop for Recorder {
 /// The thread beside: makes lines durable in groups.
 struct Group {
     run: String,
+    queue: Arc<Queue>,
     file: File,
     results: File,
     state: State,
@@ -194,24 +186,12 @@ struct Group {
 }
 
 impl Group {
-    fn serve(self, orders: &Receiver<Order>) {
-        while let Ok(first) = orders.recv() {
-            let mut gathered = Gathered::default();
-            let mut is_open = gathered.take(first);
-            let end = Instant::now() + GROUP_TIME;
-            while is_open {
-                match orders.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                    Ok(order) => is_open = gathered.take(order),
-                    Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
-                }
-            }
-            while let Ok(order) = orders.try_recv() {
-                gathered.take(order);
-            }
-            let Some((seq, row)) = gathered.last.take() else { continue };
-            let made = self.make_durable(&row, gathered);
+    fn serve(self) {
+        while let Some(lines) = self.queue.next() {
+            let made = self.make_durable(lines);
             let is_broken = made.is_err();
-            let _ = self.told.send(made.map(|()| seq));
+            // Whoever waits hears why.
+            let _ = self.told.send(made);
             if is_broken {
                 return;
             }
@@ -219,35 +199,88 @@ impl Group {
     }
 
     /// Results first, then the journal that speaks of them, then the state that can be made from it.
-    fn make_durable(&self, row: &RunRow, gathered: Gathered) -> Result<(), StateError> {
+    fn make_durable(&self, lines: Lines) -> Durable {
         let io = |source| StateError::Io { path: PathBuf::from(&self.run), source };
-        if gathered.has_results {
+        if lines.has_results {
             rustix::fs::syncfs(&self.results).map_err(|error| io(error.into()))?;
         }
         self.file.sync_data().map_err(io)?;
-        self.state.apply(&self.run, row, &gathered.nodes.into_iter().collect::<Vec<_>>())
+        let nodes: BTreeMap<_, _> = lines.nodes.into_iter().collect();
+        self.state.apply(&self.run, &lines.row, &nodes.into_iter().collect::<Vec<_>>())?;
+        Ok(lines.seq)
     }
 }
 
-/// Lines that become durable together; of a node only its last row counts.
-#[derive(Default)]
-struct Gathered {
-    last: Option<(u64, RunRow)>,
-    nodes: BTreeMap<NodeName, Option<NodeRow>>,
+/// Lines that become durable together.
+#[derive(Debug)]
+struct Lines {
+    /// Number of the last.
+    seq: u64,
+    /// The run after it.
+    row: RunRow,
+    /// The nodes they speak of; of one that stands twice the last row counts.
+    nodes: Vec<(NodeName, Option<NodeRow>)>,
+    /// True when results were sealed.
     has_results: bool,
 }
 
-impl Gathered {
-    /// Takes an order in and returns false when there is no time to wait for more.
-    fn take(&mut self, order: Order) -> bool {
-        match order {
-            Order::Now => false,
-            Order::Lines { seq, row, nodes, has_results } => {
-                self.last = Some((seq, row));
-                self.nodes.extend(nodes);
-                self.has_results |= has_results;
-                true
+/// What is written and not durable. Lines are added without waking the thread that waits for the time of their group to pass: a
+/// run of short nodes adds thousands a second.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    lines: Option<Lines>,
+    /// Somebody waits for them.
+    is_urgent: bool,
+    /// No more will come.
+    is_closed: bool,
+}
+
+impl Queue {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, seq: u64, row: RunRow, nodes: Vec<(NodeName, Option<NodeRow>)>, has_results: bool) {
+        let mut waiting = self.lock();
+        match &mut waiting.lines {
+            Some(lines) => {
+                (lines.seq, lines.row) = (seq, row);
+                lines.nodes.extend(nodes);
+                lines.has_results |= has_results;
+            }
+            none => {
+                *none = Some(Lines { seq, row, nodes, has_results });
+                self.changed.notify_one();
             }
         }
+    }
+
+    fn hurry(&self) {
+        let mut waiting = self.lock();
+        waiting.is_urgent = waiting.lines.is_some();
+        self.changed.notify_one();
+    }
+
+    fn close(&self) {
+        self.lock().is_closed = true;
+        self.changed.notify_one();
+    }
+
+    /// Waits for the first line, then for others until their time is over or somebody waits for them; nothing when no
+    /// more will come.
+    fn next(&self) -> Option<Lines> {
+        let is_idle = |waiting: &mut Waiting| waiting.lines.is_none() && !waiting.is_closed;
+        let waiting = self.changed.wait_while(self.lock(), is_idle).unwrap_or_else(PoisonError::into_inner);
+        let may_wait = |waiting: &mut Waiting| !waiting.is_urgent && !waiting.is_closed;
+        let waited = self.changed.wait_timeout_while(waiting, GROUP_TIME, may_wait);
+        let mut waiting = waited.unwrap_or_else(PoisonError::into_inner).0;
+        waiting.is_urgent = false;
+        waiting.lines.take()
     }
 }
