@@ -54,6 +54,13 @@ enum Running {
     Other(ProcessId),
 }
 
+impl Running {
+    /// Returns true for a child that was waited for.
+    fn is_over(&self) -> bool {
+        matches!(self, Self::Child { was_waited_for, .. } if was_waited_for.load(Ordering::Relaxed))
+    }
+}
+
 impl LocalExecutor {
     /// Returns an executor that starts the program `worker` on directories under `jobs` and reports into `reports`.
     pub fn new(worker: PathBuf, jobs: PathBuf, host: String, reports: UnboundedSender<Report>) -> Self {
@@ -109,6 +116,7 @@ impl Executor for LocalExecutor {
         let pid = child.id().unwrap_or_default();
         let was_waited_for = Arc::new(AtomicBool::new(false));
         let running = Running::Child { pid, was_waited_for: Arc::clone(&was_waited_for) };
+        self.running.retain(|_, running| !running.is_over());
         self.running.insert(job.node.clone(), running);
         let command = match &job.settings {
             Settings::Command(settings) => Some(settings.clone()),

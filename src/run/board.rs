@@ -68,8 +68,10 @@ pub enum Start {
 /// A node and where it stands.
 #[derive(Debug, Clone)]
 pub struct Cell {
-    /// What was known at the start.
+    /// What was known at the start, but for its inputs, which are in `inputs`, and its request: [`Board::request`].
     pub entry: Entry,
+    /// Places of the nodes that it reads or needs, in ascending order.
+    pub inputs: Box<[usize]>,
     /// Number of the next attempt.
     pub next_attempt: u32,
     /// Attempts of this run that failed.
@@ -132,12 +134,17 @@ impl Board {
         let mut cells = Vec::with_capacity(entries.len());
         let mut twins: HashMap<Fingerprint, Vec<usize>> = HashMap::new();
         let num_open = entries.len();
-        for (at, entry) in entries.into_iter().enumerate() {
+        for (at, mut entry) in entries.into_iter().enumerate() {
             twins.entry(entry.fingerprint).or_default().push(at);
-            let class = classes.iter().position(|known| *known == entry.request).unwrap_or_else(|| {
-                classes.push(entry.request.clone());
+            let request = std::mem::take(&mut entry.request);
+            let class = classes.iter().position(|known| *known == request).unwrap_or_else(|| {
+                classes.push(request);
                 classes.len() - 1
             });
+            let names = std::mem::take(&mut entry.inputs);
+            let mut inputs: Vec<usize> = names.iter().filter_map(|name| index.get(name).copied()).collect();
+            inputs.sort_unstable();
+            inputs.dedup();
             cells.push(Cell {
                 next_attempt: match entry.start {
                     Start::Fresh { next_attempt } => next_attempt,
@@ -149,20 +156,19 @@ impl Board {
                 num_non_finite: entry.applied.roll_back,
                 state: NodeState::Waiting,
                 held: None,
-                num_unmet: 0,
+                num_unmet: inputs.len(),
                 readers: Vec::new(),
                 class,
+                inputs: inputs.into(),
                 entry,
             });
         }
         twins.retain(|_, all| all.len() > 1);
         for at in 0..cells.len() {
-            let mut inputs: Vec<usize> =
-                cells[at].entry.inputs.iter().filter_map(|name| index.get(name).copied()).collect();
-            inputs.sort_unstable();
-            inputs.dedup();
-            cells[at].num_unmet = inputs.len();
-            inputs.into_iter().for_each(|input| cells[input].readers.push(at));
+            for place in 0..cells[at].inputs.len() {
+                let input = cells[at].inputs[place];
+                cells[input].readers.push(at);
+            }
         }
         Self {
             cells,
@@ -198,6 +204,11 @@ impl Board {
     /// Returns a node by place, to be changed in all but its state.
     pub fn cell_mut(&mut self, at: usize) -> &mut Cell {
         &mut self.cells[at]
+    }
+
+    /// Returns what a node takes of the slots while its worker runs.
+    pub fn request(&self, at: usize) -> &Request {
+        &self.classes[self.cells[at].class]
     }
 
     /// Returns the slots.

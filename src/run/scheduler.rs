@@ -263,7 +263,7 @@ impl Scheduler {
                 Start::Sealed(origin) => self.set(at, NodeState::Done { origin }, actions),
                 Start::Alive { attempt } => {
                     // It runs whether its slots are free or not; the books are kept if they are.
-                    if let Ok(held) = self.board.slots().fit(&entry.request) {
+                    if let Ok(held) = self.board.slots().fit(self.board.request(at)) {
                         self.board.hold(at, held);
                     }
                     self.set(at, NodeState::Running { attempt }, actions);
@@ -286,8 +286,9 @@ impl Scheduler {
         if *cell.state() != NodeState::Waiting || !self.may_wait(at) {
             return;
         }
-        if let Err(slot) = self.idle.fit(&cell.entry.request) {
-            let share = cell.entry.request.shares.get(&slot).copied().unwrap_or(0.0);
+        let request = self.board.request(at);
+        if let Err(slot) = self.idle.fit(request) {
+            let share = request.shares.get(&slot).copied().unwrap_or(0.0);
             let message = format!("it needs {share} of slot `{slot}`, which the executor never has");
             let failure = Failure { cause: FailureCause::Input, message };
             self.set(at, NodeState::Failed { attempt: 0, failure }, actions);
@@ -444,13 +445,13 @@ impl Scheduler {
     }
 
     fn wait_again(&mut self, at: usize, actions: &mut Vec<Action>) {
-        let inputs = self.board.cells()[at].entry.inputs.iter();
-        let by = inputs.filter_map(|input| match self.board.get(input)?.state() {
-            NodeState::Failed { .. } => Some(input.clone()),
+        let cells = self.board.cells();
+        let by = cells[at].inputs.iter().find_map(|input| match cells[*input].state() {
+            NodeState::Failed { .. } => Some(cells[*input].entry.name.clone()),
             NodeState::Blocked { by } => Some(by.clone()),
             _ => None,
         });
-        let state = by.map(|by| NodeState::Blocked { by }).next().unwrap_or(NodeState::Waiting);
+        let state = by.map_or(NodeState::Waiting, |by| NodeState::Blocked { by });
         self.set(at, state, actions);
     }
 
