@@ -180,6 +180,8 @@ fn a_second_orchestrator_is_told_who_works_here() {
     let running = project.start();
     project.wait_for_state("words", "running");
     project.run().expect(4).says("is in use by process");
+    project.write("pipelines/wrong.toml", "[pipline]\nname = \"wrong\"\n");
+    project.deepgen(&["run", "pipelines/wrong.toml"]).expect(2).says("unknown key `pipline`");
     running.terminate().expect(1);
 }
 

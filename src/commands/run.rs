@@ -146,7 +146,8 @@ fn answer_settled(question: &Question, how: &How) -> Result<Option<Exit>> {
         return Ok(None);
     }
     let holder = Holder { pid: std::process::id(), host: environment::host(), since_ms: begun_ms };
-    let _lock = Lock::take(&layout.state().join("lock"), &holder)?;
+    // Who holds the folder is said once the files are known to be sound.
+    let Ok(_lock) = Lock::take(&layout.state().join("lock"), &holder) else { return Ok(None) };
     let store = ArtifactStore::open(layout.clone());
     let hashes = FileHashes::open(question.root().to_owned(), layout.state().join("external.json"));
     let summary = question.look_up(&store, &hashes).and_then(|settled| idle::of_settled(&settled, &layout));
