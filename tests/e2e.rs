@@ -13,7 +13,7 @@ use deepgen_contract::artifact::Manifest;
 use deepgen_contract::event::{WorkerEvent, WorkerEventKind};
 use rustix::process::{Pid, Signal, kill_process};
 
-const PIPELINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/e2e/pipeline.toml");
+const PIPELINE: &str = "tests/fixtures/e2e/pipeline.toml";
 /// Longest wait for something to happen; the whole pipeline takes well under a minute.
 const PATIENCE: Duration = Duration::from_secs(240);
 
@@ -330,8 +330,7 @@ fn a_loss_that_is_not_finite_ends_the_node_and_keeps_its_checkpoint() {
 fn every_pipeline_of_the_project_runs_through_as_a_smoke_test() {
     for pipeline in ["pipelines/full.toml", "pipelines/base.toml"] {
         let bench = Bench::new();
-        let path = format!("{}/{pipeline}", env!("CARGO_MANIFEST_DIR"));
-        let output = bench.command(&["run", &path, "--smoke"]).output().expect("deepgen starts");
+        let output = bench.command(&["run", pipeline, "--smoke"]).output().expect("deepgen starts");
         assert!(output.status.success(), "{pipeline}: {}", String::from_utf8_lossy(&output.stderr));
     }
 }

@@ -50,7 +50,7 @@ fn expect(line: &str, folder: &Path) -> String {
 
 #[test]
 fn every_command_of_the_guide_works() {
-    let guide = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/guide.md")).unwrap();
+    let guide = fs::read_to_string("docs/guide.md").unwrap();
     let dir = tempfile::tempdir().unwrap();
     let mut folder: PathBuf = dir.path().to_owned();
     let mut num_commands = 0;

@@ -149,8 +149,8 @@ fn every_kind_of_source_is_told_and_counted() {
 #[test]
 #[ignore = "needs release builds: make test-e2e"]
 fn a_parquet_file_of_another_writer_is_read() {
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("stages/data/tests/fixtures/parquet/images.parquet");
-    let found = found(&fixture, &["--min-side", "8"]);
+    let fixture = Path::new("stages/data/tests/fixtures/parquet/images.parquet");
+    let found = found(fixture, &["--min-side", "8"]);
     assert_eq!(counts(&found), ("parquet", "generation", 5, 5));
     assert_eq!(found["samples"].as_array().unwrap().len(), 5);
 }

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-const BASE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/stages/base/shapes");
+const BASE: &str = "stages/base/shapes";
 
 fn deepgen(arguments: &[&str]) -> Output {
     let bin = std::env::var("DEEPGEN_E2E_BIN").expect("run this through `make test-e2e`");

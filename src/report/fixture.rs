@@ -75,7 +75,7 @@ fn build(story: &Story, is_sweep: bool) -> Fixture {
     for folder in ["pipelines", "experiments/reference"] {
         fs::create_dir_all(root.join(folder)).unwrap();
     }
-    std::os::unix::fs::symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("stages"), root.join("stages")).unwrap();
+    std::os::unix::fs::symlink(std::path::absolute("stages").unwrap(), root.join("stages")).unwrap();
     fs::write(root.join("pipelines/full.toml"), PIPELINE).unwrap();
     fs::write(root.join("experiments/architecture.toml"), EXPERIMENT).unwrap();
     fs::write(root.join("experiments/reference/deepgen.toml"), REFERENCE).unwrap();

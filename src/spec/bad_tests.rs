@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use super::{Overrides, Style, check, render};
 
+/// The whole path: a snapshot's folder counts from the source file otherwise.
 fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/bad")
+    std::path::absolute("tests/fixtures/bad").unwrap()
 }
 
 fn files(kind: &str) -> Vec<PathBuf> {

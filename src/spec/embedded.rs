@@ -48,8 +48,7 @@ mod tests {
 
     #[test]
     fn every_stage_file_of_this_repository_is_built_in() {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("stages");
-        let mut files: Vec<String> = std::fs::read_dir(folder)
+        let mut files: Vec<String> = std::fs::read_dir("stages")
             .unwrap()
             .map(|entry| entry.unwrap().path())
             .filter(|path| path.extension().is_some_and(|end| end == "toml"))

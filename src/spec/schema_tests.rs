@@ -10,14 +10,10 @@ use super::super::tree::{self, Source};
 use super::*;
 use crate::spec::policy::REMEDIES;
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
 /// With `DEEPGEN_UPDATE_SCHEMA=1` in the environment the copies are written.
 #[test]
 fn the_copies_in_git_are_the_schemas_of_the_types() {
-    let folder = root().join("docs/schema");
+    let folder = Path::new("docs/schema");
     let is_update = std::env::var_os("DEEPGEN_UPDATE_SCHEMA").is_some();
     for (name, schema) in all() {
         let file = folder.join(format!("{name}.json"));
@@ -59,7 +55,7 @@ fn our_own_files_name_their_schema_and_fit_it() {
     let schemas: std::collections::BTreeMap<String, Json> = all().into_iter().collect();
     let mut num = 0;
     for folder in ["pipelines", "experiments", "stages"] {
-        for entry in std::fs::read_dir(root().join(folder)).unwrap() {
+        for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.extension().is_none_or(|end| end != "toml") {
                 continue;

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use super::{Diagnostic, Overrides, Resolved, ResolvedNode, Style, check, load, load_sweep, render};
 
 pub fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/spec")
+    PathBuf::from("tests/fixtures/spec")
 }
 
 pub fn overrides(profile: Option<&str>, set: &[&str]) -> Overrides {
@@ -357,10 +357,9 @@ fn a_bridge_that_does_not_fit_its_decoder_is_found_before_anything_starts() {
 
 #[test]
 fn the_files_of_this_project_have_no_problems() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut num = 0;
     for folder in ["stages", "pipelines", "experiments"] {
-        for entry in std::fs::read_dir(root.join(folder)).into_iter().flatten().flatten() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.extension().is_some_and(|end| end == "toml") {
                 let problems = check(&path, &Overrides::default());

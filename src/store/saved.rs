@@ -282,7 +282,7 @@ mod tests {
     use super::*;
 
     fn examples() -> PathBuf {
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/saved")
+        PathBuf::from("tests/fixtures/saved")
     }
 
     #[test]

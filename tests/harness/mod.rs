@@ -36,10 +36,9 @@ impl Project {
     /// Copies the fixture and the stage files.
     pub fn new() -> Self {
         let dir = tempfile::tempdir().expect("a temporary folder");
-        let sources = Path::new(env!("CARGO_MANIFEST_DIR"));
-        copy(&sources.join("tests/fixtures/project"), dir.path());
+        copy(Path::new("tests/fixtures/project"), dir.path());
         fs::create_dir(dir.path().join("stages")).expect("a folder");
-        for entry in fs::read_dir(sources.join("stages")).expect("the project has stages") {
+        for entry in fs::read_dir("stages").expect("the project has stages") {
             let path = entry.expect("an entry").path();
             if path.extension().is_some_and(|extension| extension == "toml") {
                 let target = dir.path().join("stages").join(path.file_name().expect("a name"));
@@ -292,7 +291,7 @@ fn fake_worker() -> &'static Path {
             let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
             let mut build = Command::new(cargo);
             build.args(["build", "--package", "deepgen", "--example", "fake-worker"]);
-            assert!(build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs").success());
+            assert!(build.status().expect("cargo runs").success());
         }
         path
     })

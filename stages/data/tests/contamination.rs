@@ -11,7 +11,7 @@ use deepgen_data::mix::{MixError, MixtureFile, mix};
 use deepgen_data::prepare::{PreparePlace, prepare};
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/prompts").join(name)
+    std::path::absolute("tests/fixtures/prompts").unwrap().join(name)
 }
 
 fn lines(name: &str) -> Vec<String> {

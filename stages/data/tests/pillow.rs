@@ -1,13 +1,13 @@
 //! Decoding and resizing against what Pillow made of the same files (`fixtures/pillow/make.py`).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use deepgen_data::decode::decode;
 use deepgen_data::resize::{fit, resize};
 use image::RgbImage;
 
 fn path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/pillow").join(name)
+    PathBuf::from("tests/fixtures/pillow").join(name)
 }
 
 fn read(name: &str) -> RgbImage {

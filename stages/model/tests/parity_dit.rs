@@ -18,7 +18,7 @@ const FORWARD: f64 = 1e-4;
 const GRADIENT: f64 = 1e-3;
 
 fn fixture(case: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity").join(case)
+    PathBuf::from("../../tests/fixtures/parity").join(case)
 }
 
 fn open(case: &str, file: &str) -> WeightFile {

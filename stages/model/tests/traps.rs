@@ -24,7 +24,7 @@ const FORWARD: f64 = 1e-4;
 const SCHEDULE: f64 = 1e-5;
 
 fn fixture(case: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity").join(case)
+    PathBuf::from("../../tests/fixtures/parity").join(case)
 }
 
 fn json(case: &str, file: &str) -> Value {

@@ -121,7 +121,7 @@ fn bf16_is_held_as_stored_and_a_trained_parameter_becomes_f32() {
 
 #[test]
 fn a_pytorch_checkpoint_gives_its_tensors() {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/weights/torch_state.pt");
+    let path = PathBuf::from("../../tests/fixtures/weights/torch_state.pt");
     let file = WeightFile::open(&path).unwrap();
     assert_eq!(file.names().collect::<Vec<_>>(), ["part.bias", "part.weight", "step"]);
     assert_eq!(file.get("part.weight").unwrap(), TensorData::from([[0.0f32, 2.0, 4.0], [1.0, 3.0, 5.0]]));

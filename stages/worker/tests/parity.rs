@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 fn fixtures() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity")
+    PathBuf::from("../../tests/fixtures/parity")
 }
 
 fn parity(folder: &Path, options: &[&str]) -> Output {

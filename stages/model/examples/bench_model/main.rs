@@ -107,7 +107,7 @@ fn main() -> Result<(), Failure> {
     keep_freed_memory();
     let options = options()?;
     let folder = tempfile::tempdir()?;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../benches/model/peer.py");
+    let script = PathBuf::from("benches/model/peer.py");
     let mut peer = match &options.python {
         Some(python) => Peer::start(python, &script, &options.modules),
         None => Err("no --python was given (make bench-model PYTHON=...)".into()),

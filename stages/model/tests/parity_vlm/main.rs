@@ -36,7 +36,7 @@ struct Case {
 
 impl Case {
     fn open(name: &str) -> Self {
-        let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity").join(name);
+        let folder = PathBuf::from("../../tests/fixtures/parity").join(name);
         let config = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
         Self { folder, config, device: Device::flex().autodiff() }
     }

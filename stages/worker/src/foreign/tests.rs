@@ -13,7 +13,7 @@ use super::source::Collected;
 use super::target;
 
 pub fn fixture(path: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/parity").join(path)
+    PathBuf::from("../../tests/fixtures/parity").join(path)
 }
 
 fn open(path: &Path) -> WeightFile {
@@ -123,7 +123,7 @@ fn the_released_folders_come_in_and_go_out_unchanged() {
 #[test]
 fn the_scale_in_front_of_the_vision_tower_survives_the_released_folders() {
     let dir = tempfile::tempdir().unwrap();
-    let shapes = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../base/shapes");
+    let shapes = PathBuf::from("../base/shapes");
     let found = Collected::open(&shapes).unwrap();
     let spec = found.spec(None).unwrap();
     let vision = &spec.base.vlm.vision;
@@ -292,7 +292,7 @@ fn exported(dir: &Path) -> (PathBuf, PathBuf) {
 }
 
 fn recorded() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/weights/exported.json")
+    PathBuf::from("../../tests/fixtures/weights/exported.json")
 }
 
 /// Hashes of every exported file, by its path.

@@ -45,7 +45,7 @@ impl Bench {
             contamination: ContaminationSettings { policy: ContaminationPolicy::Off, ngram: 8, benchmarks: [].into() },
         };
         mix(&settings, &inputs, &[], &folder.path().join("mix")).unwrap();
-        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("../base/shapes");
+        let base = std::path::absolute("../base/shapes").unwrap();
         Self { folder, base }
     }
 
