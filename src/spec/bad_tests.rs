@@ -2,7 +2,7 @@
 //!
 //! A new file needs no line here: its snapshot is made by `INSTA_UPDATE=always cargo test bad_files`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use super::{Overrides, Style, check, render};
 

@@ -44,7 +44,6 @@ pub fn source_now(root: &std::path::Path, name: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     #[test]
     fn every_stage_file_of_this_repository_is_built_in() {

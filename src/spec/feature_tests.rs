@@ -217,7 +217,7 @@ fn a_node_whose_condition_does_not_hold_vanishes_with_what_cannot_do_without_it(
 fn the_papers_profile_has_no_images_of_a_base_without_text_encoder() {
     let file = Path::new("pipelines/full.toml");
     let base = |profile| {
-        let resolved = load(&file, &overrides(profile, &[])).unwrap();
+        let resolved = load(file, &overrides(profile, &[])).unwrap();
         let nodes = names(&resolved).into_iter().filter(|name| name.contains("-base")).map(str::to_owned);
         nodes.collect::<Vec<_>>()
     };

@@ -1,7 +1,7 @@
 //! Tests of loading: what the fixture pipeline resolves to, and how each kind of mistake reads.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use deepgen_contract::id::NodeName;
 use deepgen_contract::job::FrozenCache;
