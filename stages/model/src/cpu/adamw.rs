@@ -37,7 +37,7 @@ kernel! {
 kernel! {
     /// Sum of squares of a chunk.
     pub(super) fn square_sum(x: &[f32]) -> f32 {
-        sum(x.len(), |i| x[i] * x[i])
+        sum([x], |[x]| x * x)
     }
 }
 

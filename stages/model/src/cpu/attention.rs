@@ -6,11 +6,14 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::linear::{Matrix, product};
+use super::simd::kernel;
 use super::softmax::{softmax_row, softmax_row_backward};
 use super::{HostOp, dims, strided_array, unwritten};
 
 /// Queries of a block.
 const QUERIES: usize = 128;
+/// The same in a forward pass with a mask: the smaller, the more keys are left out of a causal one.
+const MASKED_QUERIES: usize = 64;
 
 /// Which query may look at which key: [b or 1, h or 1, l, s], one byte each, zero = may not.
 #[derive(Clone, Debug)]
@@ -45,13 +48,18 @@ fn masked_softmax(scores: &mut [f32], keep: Option<&[u8]>, scale: f32) {
     if keep.iter().all(|&keep| keep == 0) {
         return scores.fill(0.0);
     }
-    for (score, &keep) in scores.iter_mut().zip(keep) {
-        // Far enough below every real score for its weight to be lost, near enough to stay finite when scaled.
-        *score = if keep != 0 { *score } else { -1e30 };
-    }
+    // Far enough below every real score for its weight to be lost, near enough to stay finite when scaled.
+    hide(scores, keep, -1e30);
     softmax_row(scores, scale);
-    for (score, &keep) in scores.iter_mut().zip(keep) {
-        *score = if keep != 0 { *score } else { 0.0 };
+    hide(scores, keep, 0.0);
+}
+
+kernel! {
+    /// Puts `value` where the mask keeps nothing.
+    pub(super) fn hide(scores: &mut [f32], keep: &[u8], value: f32) {
+        for (score, &keep) in scores.iter_mut().zip(keep) {
+            *score = if keep != 0 { *score } else { value };
+        }
     }
 }
 
@@ -121,11 +129,20 @@ impl Attention {
         Sizes { b, h, kv: dims(k)[1], l, s: dims(k)[2], d }
     }
 
+    /// Returns the queries of a block of the forward pass.
+    fn queries(&self) -> usize {
+        if self.mask.is_some() { MASKED_QUERIES } else { QUERIES }
+    }
+
     /// Returns how many keys the queries of a block may see: all keys behind the last visible one are hidden.
     fn num_visible(&self, sizes: &Sizes, b: usize, h: usize, first: usize, rows: usize) -> usize {
         let Some(mask) = &self.mask else { return sizes.s };
-        let last = |row| mask.row(b, h, row, sizes.s).iter().rposition(|&keep| keep != 0).map_or(0, |last| last + 1);
-        (first..first + rows).map(last).max().unwrap_or(0)
+        // In a causal mask the last query sees most, so the others need but one look at what lies behind.
+        (first..first + rows).rev().fold(0, |num, row| {
+            let behind = &mask.row(b, h, row, sizes.s)[num..];
+            let sees_none = behind.iter().fold(0, |any, &keep| any | keep) == 0;
+            if sees_none { num } else { num + behind.iter().rposition(|&keep| keep != 0).map_or(0, |last| last + 1) }
+        })
     }
 
     /// Computes a block of weights [rows, s] and its output.
@@ -157,8 +174,8 @@ impl Attention {
 }
 
 /// Calls `f` with the first query and the number of queries of each block.
-fn for_blocks(l: usize, mut f: impl FnMut(usize, usize)) {
-    (0..l).step_by(QUERIES).for_each(|first| f(first, QUERIES.min(l - first)));
+fn for_blocks(l: usize, queries: usize, mut f: impl FnMut(usize, usize)) {
+    (0..l).step_by(queries).for_each(|first| f(first, queries.min(l - first)));
 }
 
 impl HostOp<3> for Attention {
@@ -174,7 +191,7 @@ impl HostOp<3> for Attention {
         weights.par_chunks_mut((l * s).max(1)).enumerate().for_each(|(i, weights)| {
             let (b, h_index) = (i / h, i % h);
             let own = [head(q, b, h_index), head(k, b, h_index * kv / h), head(v, b, h_index * kv / h)];
-            for_blocks(l, |first, rows| {
+            for_blocks(l, self.queries(), |first, rows| {
                 let weights = &mut weights[first * s..(first + rows) * s];
                 self.block(&sizes, own, [b, h_index], (first, rows), weights, heads);
             });
@@ -188,11 +205,11 @@ impl HostOp<3> for Attention {
         let mut out = unwritten(b * l * h * d);
         let heads = Heads::of(&mut out, l, h, d);
         (0..b * h).into_par_iter().for_each_init(
-            || unwritten(QUERIES.min(l) * s),
+            || unwritten(self.queries().min(l) * s),
             |weights, i| {
                 let (b, h_index) = (i / h, i % h);
                 let own = [head(q, b, h_index), head(k, b, h_index * kv / h), head(v, b, h_index * kv / h)];
-                for_blocks(l, |first, rows| {
+                for_blocks(l, self.queries(), |first, rows| {
                     self.block(&sizes, own, [b, h_index], (first, rows), weights, heads);
                 });
             },
@@ -222,7 +239,7 @@ impl HostOp<3> for Attention {
                 for h_index in kv_index * h / kv..(kv_index + 1) * h / kv {
                     let (q, grad) = (head(q, b, h_index), head(grad, b, h_index));
                     assert!(q.holds(l, d) && grad.holds(l, d) && k.holds(s, d) && v.holds(s, d));
-                    for_blocks(l, |first, rows| {
+                    for_blocks(l, QUERIES, |first, rows| {
                         let visible = self.num_visible(&sizes, b, h_index, first, rows);
                         let weights = &saved[((b * h + h_index) * l + first) * s..][..rows * s];
                         let by_key = Matrix::rows(weights, s).transposed();

@@ -238,7 +238,7 @@ kernel! {
     pub(super) fn sum_channels(grad: &[f32], out: &mut [f32]) {
         let pixels = grad.len() / out.len();
         for (grad, out) in grad.chunks_exact(pixels).zip(out.iter_mut()) {
-            *out += sum(pixels, |i| grad[i]);
+            *out += sum([grad], |[grad]| grad);
         }
     }
 }

@@ -11,7 +11,7 @@ kernel! {
     /// ln of the sum of e^x.
     pub(super) fn log_sum_exp(x: &[f32]) -> f32 {
         let top = max(x);
-        top + sum(x.len(), |i| exp(x[i] - top)).ln()
+        top + sum([x], |[x]| exp(x - top)).ln()
     }
 }
 

@@ -4,7 +4,7 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::simd::{kernel, sum};
-use super::{HostOp, PARALLEL_ELEMENTS, array, dims, unwritten, values};
+use super::{HostOp, PARALLEL_ELEMENTS, array, dims, map_range, unwritten, values};
 
 /// Rows of a band are a multiple of this, so that full vectors are filled.
 const BAND_ROWS: usize = 16;
@@ -137,17 +137,21 @@ kernel! {
     /// out[r] = x[r] . weight for rows of x.
     pub(super) fn dot_rows(x: &[f32], weight: &[f32], out: &mut [f32]) {
         for (x, out) in x.chunks_exact(weight.len()).zip(out.iter_mut()) {
-            *out = sum(weight.len(), |i| x[i] * weight[i]);
+            *out = sum([x, weight], |[x, weight]| x * weight);
         }
     }
 }
 
 kernel! {
-    /// out += the rows of `weight` [factors, n] from column `first`, each times its factor.
-    pub(super) fn add_rows(factors: &[f32], weight: &[f32], n: usize, first: usize, out: &mut [f32]) {
-        for (&factor, weight) in factors.iter().zip(weight.chunks_exact(n)) {
-            for (out, &weight) in out.iter_mut().zip(&weight[first..]) {
-                *out = weight.mul_add(factor, *out);
+    /// out [rows, width] += factors [rows, m] times the columns of `weight` [m, n] from `first` on; `weight` is read once.
+    pub(super) fn add_columns(factors: &[f32], weight: &[f32], n: usize, first: usize, out: &mut [f32]) {
+        let m = weight.len() / n;
+        let width = out.len() / (factors.len() / m);
+        for (i, weight) in weight.chunks_exact(n).enumerate() {
+            for (factors, out) in factors.chunks_exact(m).zip(out.chunks_exact_mut(width)) {
+                for (out, &weight) in out.iter_mut().zip(&weight[first..]) {
+                    *out = weight.mul_add(factors[i], *out);
+                }
             }
         }
     }
@@ -172,6 +176,25 @@ fn forward_few(x: &[f32], weight: &[f32], bias: Option<&[f32]>, [rows, inputs, o
     for (r, out) in out.chunks_exact_mut(outputs).enumerate() {
         for (o, out) in out.iter_mut().enumerate() {
             *out = turned[o * rows + r] + bias.map_or(0.0, |bias| bias[o]);
+        }
+    }
+    out
+}
+
+/// The gradient of x for few rows.
+fn input_gradient_few(grad: &[f32], weight: &[f32], [rows, inputs, outputs]: [usize; 3]) -> Vec<f32> {
+    // Each thread reads columns of its own of the weight, as long runs of them as there are threads.
+    let width = inputs.div_ceil(rayon::current_num_threads()).next_multiple_of(64);
+    let parts = map_range(inputs.div_ceil(width), outputs * inputs, |i| {
+        let first = i * width;
+        let mut part = vec![0.0; rows * width.min(inputs - first)];
+        add_columns(grad, weight, inputs, first, &mut part);
+        part
+    });
+    let mut out = unwritten(rows * inputs);
+    for (r, out) in out.chunks_exact_mut(inputs).enumerate() {
+        for (out, part) in out.chunks_mut(width).zip(&parts) {
+            out.copy_from_slice(&part[r * out.len()..][..out.len()]);
         }
     }
     out
@@ -209,18 +232,8 @@ pub(super) fn backward(
     let (x_values, grad) = (values(x), Matrix::rows(values(grad), outputs));
     let rows = x_values.len() / inputs;
     let d_x = needs[0].then(|| {
-        if rows <= FEW_ROWS {
-            // Columns are cut into chunks, so that each thread reads its own part of every row of the weight.
-            let (mut out, chunk) = (vec![0.0; x_values.len()], inputs.div_ceil(8).next_multiple_of(64));
-            for (out, grad) in out.chunks_exact_mut(inputs).zip(grad.values.chunks_exact(outputs)) {
-                let one = |(i, out): (usize, &mut [f32])| add_rows(grad, values(weight), inputs, i * chunk, out);
-                if outputs * inputs < PARALLEL_ELEMENTS {
-                    out.chunks_mut(chunk).enumerate().for_each(one);
-                } else {
-                    out.par_chunks_mut(chunk).enumerate().for_each(one);
-                }
-            }
-            return array(out, dims(x));
+        if rows > 0 && rows <= FEW_ROWS && outputs > 0 {
+            return array(input_gradient_few(grad.values, values(weight), [rows, inputs, outputs]), dims(x));
         }
         let mut out = unwritten(x_values.len());
         let weight = Matrix::rows(values(weight), inputs);

@@ -13,8 +13,8 @@ kernel! {
     pub(super) fn layer_rows(x: &[f32], scale: &[f32], shift: &[f32], offset: f32, eps: f32, out: &mut [f32]) {
         let d = scale.len();
         for (x, out) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
-            let mean = sum(d, |i| x[i]) / d as f32;
-            let variance = sum(d, |i| (x[i] - mean) * (x[i] - mean)) / d as f32;
+            let mean = sum([x], |[x]| x) / d as f32;
+            let variance = sum([x], |[x]| (x - mean) * (x - mean)) / d as f32;
             let inverse = 1.0 / (variance + eps).sqrt();
             for i in 0..d {
                 out[i] = (x[i] - mean) * inverse * (offset + scale[i]) + shift[i];
@@ -38,11 +38,11 @@ kernel! {
         let d = scale.len();
         let (scale, d_scale, d_shift) = (&scale[..d], &mut d_scale[..d], &mut d_shift[..d]);
         for ((x, grad), d_x) in x.chunks_exact(d).zip(grad.chunks_exact(d)).zip(d_x.chunks_exact_mut(d)) {
-            let mean = sum(d, |i| x[i]) / d as f32;
-            let variance = sum(d, |i| (x[i] - mean) * (x[i] - mean)) / d as f32;
+            let mean = sum([x], |[x]| x) / d as f32;
+            let variance = sum([x], |[x]| (x - mean) * (x - mean)) / d as f32;
             let inverse = 1.0 / (variance + eps).sqrt();
-            let mean_grad = sum(d, |i| grad[i] * (offset + scale[i])) / d as f32;
-            let mean_product = sum(d, |i| grad[i] * (offset + scale[i]) * (x[i] - mean)) * inverse / d as f32;
+            let mean_grad = sum([grad, scale], |[grad, scale]| grad * (offset + scale)) / d as f32;
+            let mean_product = sum([grad, scale, x], |[grad, scale, x]| grad * (offset + scale) * (x - mean)) * inverse / d as f32;
             for i in 0..d {
                 let normed = (x[i] - mean) * inverse;
                 d_scale[i] += grad[i] * normed;
@@ -130,7 +130,7 @@ kernel! {
     pub(super) fn rms_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
         let d = weight.len();
         for (x, out) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)) {
-            let inverse = 1.0 / (sum(d, |i| x[i] * x[i]) / d as f32 + eps).sqrt();
+            let inverse = 1.0 / (sum([x], |[x]| x * x) / d as f32 + eps).sqrt();
             for i in 0..d {
                 out[i] = x[i] * inverse * weight[i];
             }
@@ -150,8 +150,8 @@ kernel! {
         let d = weight.len();
         let d_weight = &mut d_weight[..d];
         for ((x, grad), d_x) in x.chunks_exact(d).zip(grad.chunks_exact(d)).zip(d_x.chunks_exact_mut(d)) {
-            let inverse = 1.0 / (sum(d, |i| x[i] * x[i]) / d as f32 + eps).sqrt();
-            let mean_product = sum(d, |i| grad[i] * weight[i] * x[i]) * inverse * inverse / d as f32;
+            let inverse = 1.0 / (sum([x], |[x]| x * x) / d as f32 + eps).sqrt();
+            let mean_product = sum([grad, weight, x], |[grad, weight, x]| grad * weight * x) * inverse * inverse / d as f32;
             for i in 0..d {
                 d_weight[i] += grad[i] * x[i] * inverse;
                 d_x[i] = inverse * (grad[i] * weight[i] - x[i] * mean_product);
@@ -208,8 +208,8 @@ kernel! {
     /// One group: `weight.len()` channels of equal length.
     pub(super) fn group(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, then_silu: bool, out: &mut [f32]) {
         let (count, pixels) = (x.len(), x.len() / weight.len());
-        let mean = sum(count, |i| x[i]) / count as f32;
-        let inverse = 1.0 / (sum(count, |i| (x[i] - mean) * (x[i] - mean)) / count as f32 + eps).sqrt();
+        let mean = sum([x], |[x]| x) / count as f32;
+        let inverse = 1.0 / (sum([x], |[x]| (x - mean) * (x - mean)) / count as f32 + eps).sqrt();
         for (c, (x, out)) in x.chunks_exact(pixels).zip(out.chunks_exact_mut(pixels)).enumerate() {
             let (w, b) = (weight[c] * inverse, bias[c] - mean * weight[c] * inverse);
             if then_silu {
@@ -240,8 +240,8 @@ kernel! {
         d_bias: &mut [f32],
     ) {
         let (count, pixels) = (x.len(), x.len() / weight.len());
-        let mean = sum(count, |i| x[i]) / count as f32;
-        let inverse = 1.0 / (sum(count, |i| (x[i] - mean) * (x[i] - mean)) / count as f32 + eps).sqrt();
+        let mean = sum([x], |[x]| x) / count as f32;
+        let inverse = 1.0 / (sum([x], |[x]| (x - mean) * (x - mean)) / count as f32 + eps).sqrt();
         let (mut mean_grad, mut mean_product) = (0.0, 0.0);
         let channels = x.chunks_exact(pixels).zip(grad.chunks_exact(pixels)).zip(d_x.chunks_exact_mut(pixels));
         for (c, ((x, grad), d_x)) in channels.enumerate() {
@@ -255,8 +255,8 @@ kernel! {
             } else {
                 d_x.copy_from_slice(grad);
             }
-            d_bias[c] = sum(pixels, |i| d_x[i]);
-            d_weight[c] = sum(pixels, |i| d_x[i] * (x[i] - mean)) * inverse;
+            d_bias[c] = sum([&*d_x], |[d_x]| d_x);
+            d_weight[c] = sum([&*d_x, x], |[d_x, x]| d_x * (x - mean)) * inverse;
             mean_grad += d_bias[c] * weight[c] / count as f32;
             mean_product += d_weight[c] * weight[c] / count as f32;
         }

@@ -70,32 +70,34 @@ pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// Sum of f(i) over 0..len, in 64 lanes: four vectors, so that an addition need not wait for the one before.
+/// Sum of f over the elements that equally long slices have at each place, in 64 lanes: four vectors, so that an addition
+/// need not wait for the one before.
 #[inline(always)]
-pub(super) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
+pub(super) fn sum<const N: usize>(slices: [&[f32]; N], f: impl Fn([f32; N]) -> f32) -> f32 {
     const WIDE: usize = 4 * LANES;
+    // Blocks of a known size, equally many: a check of bounds in the loops would keep them from becoming vector code.
+    let len = slices[0].len();
+    let wide = slices.map(|slice| slice[..len].as_chunks::<WIDE>());
+    let (wide, rest) = (wide.map(|(wide, _)| &wide[..len / WIDE]), wide.map(|(_, rest)| rest.as_chunks::<LANES>()));
+    let (narrow, rest) = (rest.map(|(narrow, _)| &narrow[..len % WIDE / LANES]), rest.map(|(_, rest)| rest));
     let mut lanes = [0.0f32; LANES];
-    let wide = len / WIDE * WIDE;
-    if wide > 0 {
+    if !wide[0].is_empty() {
         let mut four = [0.0f32; WIDE];
-        let mut start = 0;
-        while start < wide {
+        for i in 0..wide[0].len() {
+            let block = wide.map(|wide| &wide[i]);
             for (lane, total) in four.iter_mut().enumerate() {
-                *total += f(start + lane);
+                *total += f(block.map(|block| block[lane]));
             }
-            start += WIDE;
         }
         for lane in 0..LANES {
             lanes[lane] = (four[lane] + four[lane + LANES]) + (four[lane + 2 * LANES] + four[lane + 3 * LANES]);
         }
     }
-    let whole = len / LANES * LANES;
-    let mut start = wide;
-    while start < whole {
+    for i in 0..narrow[0].len() {
+        let block = narrow.map(|narrow| &narrow[i]);
         for (lane, total) in lanes.iter_mut().enumerate() {
-            *total += f(start + lane);
+            *total += f(block.map(|block| block[lane]));
         }
-        start += LANES;
     }
     // Halves are added on halves: a chain of additions would take four times as long.
     for half in [8, 4, 2, 1] {
@@ -103,30 +105,29 @@ pub(super) fn sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
             lanes[lane] += lanes[lane + half];
         }
     }
-    let mut total = lanes[0];
-    for i in whole..len {
-        total += f(i);
-    }
-    total
+    (0..len % LANES).fold(lanes[0], |total, i| total + f(rest.map(|rest| rest[i])))
 }
 
 /// Largest element; NaN may be lost.
 #[inline(always)]
 pub(super) fn max(values: &[f32]) -> f32 {
-    const WIDE: usize = 4 * LANES;
-    let mut lanes = [f32::NEG_INFINITY; WIDE];
-    let (chunks, rest) = values.as_chunks::<WIDE>();
-    for chunk in chunks {
-        for (best, &value) in lanes.iter_mut().zip(chunk) {
-            *best = if value > *best { value } else { *best };
+    let larger = |best: f32, value: f32| if value > best { value } else { best };
+    let (wide, rest) = values.as_chunks::<{ 4 * LANES }>();
+    let (narrow, rest) = rest.as_chunks::<LANES>();
+    let mut four = [f32::NEG_INFINITY; 4 * LANES];
+    for block in wide {
+        four.iter_mut().zip(block).for_each(|(best, &value)| *best = larger(*best, value));
+    }
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    for block in four.as_chunks::<LANES>().0.iter().chain(narrow) {
+        lanes.iter_mut().zip(block).for_each(|(best, &value)| *best = larger(*best, value));
+    }
+    for half in [8, 4, 2, 1] {
+        for lane in 0..half {
+            lanes[lane] = larger(lanes[lane], lanes[lane + half]);
         }
     }
-    let mut best = [f32::NEG_INFINITY; LANES];
-    for (i, &value) in lanes.iter().enumerate() {
-        let best = &mut best[i % LANES];
-        *best = if value > *best { value } else { *best };
-    }
-    best.iter().chain(rest).fold(f32::NEG_INFINITY, |best, &value| if value > best { value } else { best })
+    rest.iter().fold(lanes[0], |best, &value| larger(best, value))
 }
 
 kernel! {
@@ -156,7 +157,7 @@ mod tests {
     fn sums_and_maxima_cover_the_tail() {
         let values: Vec<f32> = (0..200).map(|i| i as f32).collect();
         for len in [3, 37, 64, 101, 200] {
-            assert_eq!(sum(len, |i| values[i]), (len * (len - 1) / 2) as f32);
+            assert_eq!(sum([&values[..len]], |[value]| value), (len * (len - 1) / 2) as f32);
             assert_eq!(max(&values[..len]), (len - 1) as f32);
         }
     }

@@ -16,17 +16,16 @@ kernel! {
         let top = max(scores) * scale;
         let mut lanes = [0.0f32; WIDE];
         let (chunks, rest) = scores.as_chunks_mut::<WIDE>();
-        for chunk in chunks {
+        for chunk in chunks.iter_mut() {
             for (score, lane) in chunk.iter_mut().zip(&mut lanes) {
                 *score = exp(score.mul_add(scale, -top));
                 *lane += *score;
             }
         }
-        let mut total = sum(WIDE, |i| lanes[i]);
-        for score in rest {
-            *score = exp(score.mul_add(scale, -top));
-            total += *score;
-        }
+        let mut total = if chunks.is_empty() { 0.0 } else { sum([&lanes], |[lane]| lane) };
+        // Two loops, of which the first becomes vector code; the second must add one after the other.
+        rest.iter_mut().for_each(|score| *score = exp(score.mul_add(scale, -top)));
+        rest.iter().for_each(|&score| total += score);
         let inverse = 1.0 / total;
         for score in scores.iter_mut() {
             *score *= inverse;
@@ -37,7 +36,7 @@ kernel! {
 kernel! {
     /// Gradient of the scores from the gradient of the weights, in place.
     pub(super) fn softmax_row_backward(weights: &[f32], grad: &mut [f32], scale: f32) {
-        let mean = sum(weights.len(), |i| weights[i] * grad[i]);
+        let mean = sum([weights, grad], |[weight, grad]| weight * grad);
         for (grad, &weight) in grad.iter_mut().zip(weights) {
             *grad = weight * (*grad - mean) * scale;
         }
@@ -49,7 +48,7 @@ kernel! {
     pub(super) fn row_backward(weights: &[f32], grad: &[f32], out: &mut [f32]) {
         let n = weights.len();
         let (grad, out) = (&grad[..n], &mut out[..n]);
-        let mean = sum(n, |i| weights[i] * grad[i]);
+        let mean = sum([weights, grad], |[weight, grad]| weight * grad);
         for i in 0..n {
             out[i] = weights[i] * (grad[i] - mean);
         }
@@ -75,8 +74,10 @@ impl HostOp<1> for Softmax {
         let (n, chunk) = chunk(x);
         let mut out = unwritten(input.len());
         for_chunks(&mut out, chunk, |i, out| {
-            out.copy_from_slice(&input[i * chunk..][..out.len()]);
-            out.chunks_exact_mut(n).for_each(|row| softmax_row(row, 1.0));
+            for (row, input) in out.chunks_exact_mut(n).zip(input[i * chunk..].chunks_exact(n)) {
+                row.copy_from_slice(input);
+                softmax_row(row, 1.0);
+            }
         });
         let out = array(out, dims(x));
         (out.clone(), out)
