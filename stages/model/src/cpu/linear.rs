@@ -183,7 +183,7 @@ fn forward_few(x: &[f32], weight: &[f32], bias: Option<&[f32]>, [rows, inputs, o
 
 /// The gradient of x for few rows.
 fn input_gradient_few(grad: &[f32], weight: &[f32], [rows, inputs, outputs]: [usize; 3]) -> Vec<f32> {
-    // Each thread reads columns of its own of the weight, as long runs of them as there are threads.
+    // Each thread reads its own columns of the weight; as few cuts as threads, so that it reads long runs.
     let width = inputs.div_ceil(rayon::current_num_threads()).next_multiple_of(64);
     let parts = map_range(inputs.div_ceil(width), outputs * inputs, |i| {
         let first = i * width;

@@ -159,6 +159,11 @@ mod tests {
         for len in [3, 37, 64, 101, 200] {
             assert_eq!(sum([&values[..len]], |[value]| value), (len * (len - 1) / 2) as f32);
             assert_eq!(max(&values[..len]), (len - 1) as f32);
+            for at in 0..len {
+                let mut one = vec![-2.0; len];
+                one[at] = -1.0;
+                assert_eq!(max(&one), -1.0, "the largest of {len} is at {at}");
+            }
         }
     }
 }
