@@ -1,17 +1,15 @@
 //! Convolution, and nearest-neighbour doubling of the side.
 //!
-//! The common kind (3x3, stride 1) runs in `direct` where the processor allows it, and the gradient of every 3x3 weight in
-//! `conv_weight`; others, and all of them elsewhere, by unfolding a band of output rows at a time.
+//! The common kind (3x3, stride 1 or 2) runs in `direct` and `conv_weight` where the processor has vectors; others, and all of
+//! them elsewhere, by unfolding a band of output rows at a time.
 
 use std::cell::RefCell;
 
 use burn::backend::flex::FlexTensor;
 
-#[cfg(target_arch = "x86_64")]
-use super::conv_weight;
 use super::linear::{Matrix, matmul};
 use super::simd::{kernel, sum};
-use super::{HostOp, add_up, array, dims, for_chunks, map_range, unwritten, values};
+use super::{HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values};
 
 /// Elements of an unfolded band: small enough to stay in a core's cache.
 const BAND_ELEMENTS: usize = 1 << 16;
@@ -85,21 +83,11 @@ impl Sizes {
         self.kernel == 1 && self.stride == 1 && self.padding == 0
     }
 
-    /// Input channels, sides and output channels, if `direct` can take this convolution.
-    fn direct(&self) -> Option<[usize; 4]> {
-        #[cfg(target_arch = "x86_64")]
-        if self.kernel == 3 && self.stride == 1 && self.padding == 1 && self.c > 0 && super::direct::is_available() {
-            return Some([self.c, self.h, self.w, self.o]);
-        }
-        None
-    }
-
-    /// The sizes for `conv_weight`, if it can take this convolution.
-    #[cfg(target_arch = "x86_64")]
-    fn weight_shape(&self, batch: usize) -> Option<conv_weight::Shape> {
+    /// The sizes for `direct` and `conv_weight`, if they can take this convolution.
+    fn direct(&self, batch: usize) -> Option<direct::Shape> {
         let &Self { c, h, w, o, kernel, stride, padding, out_h, out_w } = self;
-        let can = kernel == 3 && super::direct::is_available();
-        can.then_some(conv_weight::Shape { batch, c, h, w, o, out_h, out_w, stride, padding })
+        let can = kernel == 3 && stride <= 2 && padding <= 2 && batch * c * o > 0 && direct::is_available();
+        can.then_some(direct::Shape { batch, c, h, w, o, out_h, out_w, stride, padding })
     }
 
     /// Calls `f` with the first row and the number of rows of each band of output rows.
@@ -249,9 +237,8 @@ impl HostOp<3> for Conv {
     fn forward(&self, [x, weight, bias]: &[FlexTensor; 3]) -> (FlexTensor, ()) {
         let sizes = Sizes::of(self, x, weight);
         let (input, weight, bias) = (values(x), values(weight), values(bias));
-        #[cfg(target_arch = "x86_64")]
-        if let Some(direct) = sizes.direct() {
-            let out = super::direct::forward(input, direct, weight, bias);
+        if let Some(shape) = sizes.direct(dims(x)[0]) {
+            let out = direct::forward(input, shape, weight, bias);
             return (array(out, &[dims(x)[0], sizes.o, sizes.out_h, sizes.out_w]), ());
         }
         let mut out = unwritten(dims(x)[0] * sizes.output());
@@ -271,23 +258,21 @@ impl HostOp<3> for Conv {
         let sizes = Sizes::of(self, x, weight);
         let (input, weight_values, grad) = (values(x), values(weight), values(grad));
         let batch = dims(x)[0];
+        if let Some(shape) = sizes.direct(batch) {
+            return [
+                needs[0].then(|| array(direct::input_gradient(grad, shape, weight_values), dims(x))),
+                needs[1].then(|| array(conv_weight::weight_gradient(input, grad, shape), dims(weight))),
+                needs[2].then(|| array(bias_grad(grad, &sizes), dims(bias))),
+            ];
+        }
         let one = |b: usize| {
             (&input[b * sizes.input()..(b + 1) * sizes.input()], &grad[b * sizes.output()..(b + 1) * sizes.output()])
         };
         let d_x = needs[0].then(|| {
-            #[cfg(target_arch = "x86_64")]
-            if let Some(direct) = sizes.direct() {
-                return array(super::direct::input_gradient(grad, direct, weight_values), dims(x));
-            }
             let mut d_x = vec![0.0; input.len()];
             for_chunks(&mut d_x, sizes.input(), |b, d_x| sizes.input_grad_one(weight_values, one(b).1, d_x));
             array(d_x, dims(x))
         });
-        #[cfg(target_arch = "x86_64")]
-        if let Some(shape) = sizes.weight_shape(batch) {
-            let d_weight = needs[1].then(|| array(conv_weight::weight_gradient(input, grad, shape), dims(weight)));
-            return [d_x, d_weight, needs[2].then(|| array(bias_grad(grad, &sizes), dims(bias)))];
-        }
         let per_piece = batch.div_ceil(NUM_PIECES).max(1);
         let (mut d_weights, mut d_biases) = (Vec::new(), Vec::new());
         if needs[1] || needs[2] {
@@ -363,7 +348,7 @@ impl HostOp<1> for Upsample {
     }
 }
 
-#[cfg(all(test, target_arch = "x86_64"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::random::Stream;
@@ -371,7 +356,7 @@ mod tests {
     /// Both forms of a convolution, and of its gradients, on one processor.
     #[test]
     fn the_direct_form_agrees_with_unfolding() {
-        if !super::super::direct::is_available() {
+        if !direct::is_available() {
             return;
         }
         let sizes = [
@@ -383,7 +368,7 @@ mod tests {
             [2, 9, 70, 4, 7],
         ];
         for [b, c, o, h, w] in sizes {
-            for (stride, padding) in [(1, 1), (1, 0), (2, 0), (2, 1)] {
+            for (stride, padding) in [(1, 1), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)] {
                 if h + 2 * padding < 3 || w + 2 * padding < 3 {
                     continue;
                 }
@@ -406,12 +391,12 @@ mod tests {
             sizes.input_grad_one(&weight, grad, &mut d_x[i * sizes.input()..][..sizes.input()]);
             sizes.weight_grad_one(x, grad, &mut d_weight);
         }
-        let ours = conv_weight::weight_gradient(&x, &grad, sizes.weight_shape(b).unwrap());
-        let mut pairs = vec![("weight", ours, d_weight)];
-        if let Some(direct) = sizes.direct() {
-            pairs.push(("value", super::super::direct::forward(&x, direct, &weight, &bias), y));
-            pairs.push(("input", super::super::direct::input_gradient(&grad, direct, &weight), d_x));
-        }
+        let shape = sizes.direct(b).unwrap();
+        let pairs = [
+            ("value", direct::forward(&x, shape, &weight, &bias), y),
+            ("input", direct::input_gradient(&grad, shape, &weight), d_x),
+            ("weight", conv_weight::weight_gradient(&x, &grad, shape), d_weight),
+        ];
         for (what, ours, expected) in pairs {
             let scale = expected.iter().fold(1f32, |top, value| top.max(value.abs()));
             assert_eq!(ours.len(), expected.len());
@@ -427,7 +412,7 @@ mod tests {
     #[test]
     fn gradients_of_weights_are_the_same_for_any_number_of_threads() {
         let sizes = Sizes { c: 20, h: 33, w: 33, o: 40, kernel: 3, stride: 1, padding: 1, out_h: 33, out_w: 33 };
-        let Some(shape) = sizes.weight_shape(2) else { return };
+        let Some(shape) = sizes.direct(2) else { return };
         let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
         let (x, grad) = (draw("x", 2 * sizes.input()), draw("grad", 2 * sizes.output()));
         let with = |threads: usize| {

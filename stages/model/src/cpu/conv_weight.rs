@@ -1,4 +1,4 @@
-//! The gradient of a 3x3 convolution's weight, on AVX-512 registers and without unfolding.
+//! The gradient of a 3x3 convolution's weight, in vector registers and without unfolding.
 //!
 //! It is a product of two sides over all pixels, once for each of nine taps. One side is packed, so that the channels of a
 //! pixel lie beside each other; of the other, which is padded, one pixel at a time is spread over a vector. A tile, all taps of
@@ -10,49 +10,33 @@
 // Sums in registers are written as index loops over small constant ranges, which unroll completely.
 #![allow(clippy::needless_range_loop)]
 
-use std::arch::x86_64::{
-    __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_loadu_ps,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps,
-    _mm512_unpacklo_pd, _mm512_unpacklo_ps,
-};
 use std::borrow::Cow;
 use std::ops::Range;
 
+use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::direct::{TAPS, VECTOR, pad};
+use super::direct::{Shape, TAPS, Vectors, pad};
+use super::simd::kernel;
 use super::unwritten;
 
-/// Vectors of a tile: 27 sums in the 32 registers.
-const VECTORS: usize = 3;
+/// Vectors of a tile at most.
+const MOST_VECTORS: usize = 3;
 /// Pixels of a block, about: its packed side stays in the second-level cache while the channels of the other one pass.
 const BLOCK_PIXELS: usize = 512;
 /// Channels of the padded side that are one piece of work.
 const PIECE_CHANNELS: usize = 8;
 
-/// Sizes of a convolution: input [batch, c, h, w], gradient of the output [batch, o, out_h, out_w].
-#[derive(Clone, Copy)]
-pub(super) struct Shape {
-    pub(super) batch: usize,
-    pub(super) c: usize,
-    pub(super) h: usize,
-    pub(super) w: usize,
-    pub(super) o: usize,
-    pub(super) out_h: usize,
-    pub(super) out_w: usize,
-    pub(super) stride: usize,
-    pub(super) padding: usize,
-}
-
 /// Returns the gradient [o, c, 3, 3] of the weight.
 pub(super) fn weight_gradient(x: &[f32], grad: &[f32], shape: Shape) -> Vec<f32> {
     let Shape { batch, c, h, w, o, out_h, out_w, stride, padding } = shape;
+    let vector = Vectors::detect().len;
     if x.is_empty() || grad.is_empty() {
         return vec![0.0; o * c * TAPS];
     }
     // A convolution that keeps the side can be read the other way round, with mirrored taps: if that leaves fewer lanes empty.
     let keeps_side = stride == 1 && padding == 1;
-    if keeps_side && o * c.next_multiple_of(VECTOR) < c * o.next_multiple_of(VECTOR) {
+    if keeps_side && o * c.next_multiple_of(vector) < c * o.next_multiple_of(vector) {
         let product = Product::new([batch, o, c], [h, w], [h, w], (1, 1));
         let sums = product.sums(grad, x);
         return product.arrange(&sums, [o, c], |o, c, tap| (o, TAPS - 1 - tap, c));
@@ -71,6 +55,9 @@ struct Column {
 
 /// The product of padded planes [batch, channels, ..] and packed ones [batch, lanes, rows, columns].
 struct Product {
+    arch: Arch,
+    /// Elements of a vector.
+    vector: usize,
     batch: usize,
     channels: usize,
     lanes: usize,
@@ -91,9 +78,13 @@ impl Product {
         [rows, columns]: [usize; 2],
         (stride, padding): (usize, usize),
     ) -> Self {
-        let num_vectors = lanes.div_ceil(VECTOR);
-        let width = num_vectors.div_ceil(num_vectors.div_ceil(VECTORS));
-        Self { batch, channels, lanes, sides, rows, columns, stride, padding, width }
+        let Vectors { len: vector, registers } = Vectors::detect();
+        // 27 sums in 32 registers, 9 in 16.
+        let most = if registers >= 32 { MOST_VECTORS } else { 1 };
+        let num_vectors = lanes.div_ceil(vector);
+        let width = num_vectors.div_ceil(num_vectors.div_ceil(most));
+        let arch = Arch::new();
+        Self { arch, vector, batch, channels, lanes, sides, rows, columns, stride, padding, width }
     }
 
     fn pitch(&self) -> usize {
@@ -106,7 +97,7 @@ impl Product {
     }
 
     fn num_vectors(&self) -> usize {
-        self.lanes.div_ceil(VECTOR)
+        self.lanes.div_ceil(self.vector)
     }
 
     fn column(&self, vector: usize) -> Column {
@@ -126,26 +117,26 @@ impl Product {
         assert!(
             furthest < self.plane()
                 && padded.len() >= self.batch * self.channels * self.plane()
-                && packed.len() == pixels * self.num_vectors() * VECTOR,
+                && packed.len() == pixels * self.num_vectors() * self.vector,
             "a tap outside of the padded input"
         );
-        let mut sums = vec![0.0; self.channels * TAPS * self.num_vectors() * VECTOR];
+        let mut sums = vec![0.0; self.channels * TAPS * self.num_vectors() * self.vector];
         let pieces: Vec<_> = sums
-            .chunks_mut(self.channels * TAPS * self.width * VECTOR)
+            .chunks_mut(self.channels * TAPS * self.width * self.vector)
             .enumerate()
             .flat_map(|(i, sums)| {
                 let column = self.column(i * self.width);
-                let pieces = sums.chunks_mut(PIECE_CHANNELS * TAPS * column.width * VECTOR).enumerate();
+                let pieces = sums.chunks_mut(PIECE_CHANNELS * TAPS * column.width * self.vector).enumerate();
                 pieces.map(move |(i, sums)| (column, i * PIECE_CHANNELS, sums))
             })
             .collect();
         pieces.into_par_iter().for_each(|(column, channel, sums)| {
-            let packed = &packed[pixels * column.first * VECTOR..][..pixels * column.width * VECTOR];
+            let packed = &packed[pixels * column.first * self.vector..][..pixels * column.width * self.vector];
             let padded = &padded[channel * self.plane()..];
             match column.width {
                 1 => self.piece::<1>(padded, packed, sums),
                 2 => self.piece::<2>(padded, packed, sums),
-                _ => self.piece::<VECTORS>(padded, packed, sums),
+                _ => self.piece::<MOST_VECTORS>(padded, packed, sums),
             }
         });
         sums
@@ -157,10 +148,9 @@ impl Product {
         let block = BLOCK_PIXELS.div_ceil(self.columns);
         for first in (0..num_rows).step_by(block) {
             let rows = first..num_rows.min(first + block);
-            for (channel, sums) in sums.chunks_exact_mut(TAPS * V * VECTOR).enumerate() {
+            for (channel, sums) in sums.chunks_exact_mut(TAPS * V * self.vector).enumerate() {
                 let padded = &padded[channel * self.plane()..];
-                // SAFETY: AVX-512 was detected before this module was entered; `sums` checked the furthest element.
-                unsafe { tile::<V>(self, padded, packed, rows.clone(), sums) };
+                self.arch.dispatch(Tile::<V> { product: self, padded, packed, rows: rows.clone(), sums });
             }
         }
     }
@@ -169,23 +159,22 @@ impl Product {
     fn pack(&self, planes: &[f32]) -> Vec<f32> {
         let plane = self.rows * self.columns;
         assert_eq!(planes.len(), self.batch * self.lanes * plane);
-        let mut out = unwritten(self.batch * plane * self.num_vectors() * VECTOR);
+        let mut out = unwritten(self.batch * plane * self.num_vectors() * self.vector);
         let pieces: Vec<_> = out
-            .chunks_mut(self.batch * plane * self.width * VECTOR)
+            .chunks_mut(self.batch * plane * self.width * self.vector)
             .enumerate()
             .flat_map(|(i, out)| {
                 let column = self.column(i * self.width);
-                let samples = out.chunks_exact_mut(plane * column.width * VECTOR).enumerate();
+                let samples = out.chunks_exact_mut(plane * column.width * self.vector).enumerate();
                 samples.map(move |(sample, out)| (column, sample, out))
             })
             .collect();
         pieces.into_par_iter().for_each(|(column, sample, out)| {
             for vector in 0..column.width {
-                let lane = (column.first + vector) * VECTOR;
-                let lanes = VECTOR.min(self.lanes - lane);
+                let lane = (column.first + vector) * self.vector;
+                let lanes = self.vector.min(self.lanes - lane);
                 let planes = &planes[(sample * self.lanes + lane) * plane..][..lanes * plane];
-                // SAFETY: AVX-512 was detected before this module was entered.
-                unsafe { interleave(planes, plane, &mut out[vector * VECTOR..], column.width * VECTOR) };
+                interleave(planes, plane, &mut out[vector * self.vector..], self.vector, column.width * self.vector);
             }
         });
         out
@@ -200,15 +189,15 @@ impl Product {
     ) -> Vec<f32> {
         let mut out = unwritten(o * c * TAPS);
         // As many output channels as a vector has lanes: they lie beside each other in the sums.
-        out.par_chunks_mut(VECTOR * c * TAPS).enumerate().for_each(|(i, out)| {
+        out.par_chunks_mut(self.vector * c * TAPS).enumerate().for_each(|(i, out)| {
             for channel in 0..c {
                 for (output, out) in out.chunks_exact_mut(c * TAPS).enumerate() {
                     for (tap, out) in out[channel * TAPS..][..TAPS].iter_mut().enumerate() {
-                        let (channel, tap, lane) = place(i * VECTOR + output, channel, tap);
-                        let column = self.column(lane / VECTOR);
-                        let before = column.first * VECTOR * self.channels * TAPS;
-                        let row = (channel * TAPS + tap) * column.width * VECTOR;
-                        *out = sums[before + row + lane - column.first * VECTOR];
+                        let (channel, tap, lane) = place(i * self.vector + output, channel, tap);
+                        let column = self.column(lane / self.vector);
+                        let before = column.first * self.vector * self.channels * TAPS;
+                        let row = (channel * TAPS + tap) * column.width * self.vector;
+                        *out = sums[before + row + lane - column.first * self.vector];
                     }
                 }
             }
@@ -219,109 +208,147 @@ impl Product {
 
 /// Adds the products of some rows of pixels, counted over all samples, to a tile [taps, V vectors].
 ///
-/// # Safety
-/// The processor has AVX-512; all pixels and taps of these rows lie inside `padded`, which begins with the tile's channel in the
-/// first sample, and inside `packed`.
-#[target_feature(enable = "avx512f")]
-unsafe fn tile<const V: usize>(
-    product: &Product,
-    padded: &[f32],
-    packed: &[f32],
+/// All pixels and taps of these rows lie inside `padded`, which begins with the tile's channel in the first sample, and inside `packed`.
+struct Tile<'a, const V: usize> {
+    product: &'a Product,
+    padded: &'a [f32],
+    packed: &'a [f32],
     rows: Range<usize>,
-    tile: &mut [f32],
-) {
-    let (pitch, stride) = (product.pitch(), product.stride);
-    assert_eq!(tile.len(), TAPS * V * VECTOR);
-    let mut sums = [[_mm512_setzero_ps(); V]; TAPS];
-    for tap in 0..TAPS {
-        for v in 0..V {
-            // SAFETY: the length was just checked.
-            sums[tap][v] = unsafe { _mm512_loadu_ps(tile.as_ptr().add((tap * V + v) * VECTOR)) };
-        }
-    }
-    let (mut sample, mut row) = (rows.start / product.rows, rows.start % product.rows);
-    for line in rows {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let start = sample * product.channels * product.plane() + row * stride * pitch;
-            let mut x = padded.as_ptr().add(start);
-            let mut y = packed.as_ptr().add(line * product.columns * V * VECTOR);
-            for _ in 0..product.columns {
-                let mut vectors = [_mm512_setzero_ps(); V];
-                for v in 0..V {
-                    vectors[v] = _mm512_loadu_ps(y.add(v * VECTOR));
-                }
-                for tap in 0..TAPS {
-                    let factor = _mm512_set1_ps(*x.add(tap / 3 * pitch + tap % 3));
-                    for v in 0..V {
-                        sums[tap][v] = _mm512_fmadd_ps(factor, vectors[v], sums[tap][v]);
-                    }
-                }
-                (x, y) = (x.add(stride), y.add(V * VECTOR));
+    sums: &'a mut [f32],
+}
+
+impl<const V: usize> WithSimd for Tile<'_, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { product, padded, packed, rows, sums: tile } = self;
+        let (pitch, stride) = (product.pitch(), product.stride);
+        assert_eq!([tile.len(), product.vector], [TAPS * V * S::F32_LANES, S::F32_LANES]);
+        let mut sums = [[simd.splat_f32s(0.0); V]; TAPS];
+        for tap in 0..TAPS {
+            for v in 0..V {
+                // SAFETY: the length was just checked.
+                sums[tap][v] = unsafe { tile.as_ptr().cast::<S::f32s>().add(tap * V + v).read_unaligned() };
             }
         }
-        row += 1;
-        if row == product.rows {
-            (sample, row) = (sample + 1, 0);
+        let (mut sample, mut row) = (rows.start / product.rows, rows.start % product.rows);
+        for line in rows {
+            // SAFETY: `Product::sums` checked the furthest elements.
+            unsafe {
+                let start = sample * product.channels * product.plane() + row * stride * pitch;
+                let mut x = padded.as_ptr().add(start);
+                let mut y = packed.as_ptr().cast::<S::f32s>().add(line * product.columns * V);
+                for _ in 0..product.columns {
+                    let mut vectors = [simd.splat_f32s(0.0); V];
+                    for v in 0..V {
+                        vectors[v] = y.add(v).read_unaligned();
+                    }
+                    for tap in 0..TAPS {
+                        let factor = simd.splat_f32s(*x.add(tap / 3 * pitch + tap % 3));
+                        for v in 0..V {
+                            sums[tap][v] = simd.mul_add_f32s(factor, vectors[v], sums[tap][v]);
+                        }
+                    }
+                    (x, y) = (x.add(stride), y.add(V));
+                }
+            }
+            row += 1;
+            if row == product.rows {
+                (sample, row) = (sample + 1, 0);
+            }
         }
-    }
-    for tap in 0..TAPS {
-        for v in 0..V {
-            // SAFETY: the length was checked at the beginning.
-            unsafe { _mm512_storeu_ps(tile.as_mut_ptr().add((tap * V + v) * VECTOR), sums[tap][v]) };
+        for tap in 0..TAPS {
+            for v in 0..V {
+                // SAFETY: the length was checked at the beginning.
+                unsafe { tile.as_mut_ptr().cast::<S::f32s>().add(tap * V + v).write_unaligned(sums[tap][v]) };
+            }
         }
     }
 }
 
-/// Writes up to 16 planes as rows of 16 lanes, `pitch` apart, one per pixel; lanes without a plane are zero.
-#[target_feature(enable = "avx512f")]
-fn interleave(planes: &[f32], plane: usize, out: &mut [f32], pitch: usize) {
-    for first in (0..plane).step_by(VECTOR) {
-        let count = VECTOR.min(plane - first);
-        let mask = (u32::MAX >> (32 - count)) as u16;
-        let mut rows = [_mm512_setzero_ps(); VECTOR];
-        for (row, plane) in rows.iter_mut().zip(planes.chunks_exact(plane)) {
-            let from = &plane[first..first + count];
-            // SAFETY: the mask leaves out what is behind the slice.
-            *row = unsafe { _mm512_maskz_loadu_ps(mask, from.as_ptr()) };
-        }
-        for (i, row) in transposed(rows).into_iter().enumerate().take(count) {
-            let to = &mut out[(first + i) * pitch..][..VECTOR];
-            // SAFETY: the slice has the length of a vector.
-            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), row) };
+/// Writes up to `vector` planes as rows of as many lanes, `pitch` apart, one per pixel; lanes without a plane are zero.
+fn interleave(planes: &[f32], plane: usize, out: &mut [f32], vector: usize, pitch: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if vector == square::SIDE {
+        // SAFETY: vectors of this length are AVX-512's.
+        return unsafe { square::interleave(planes, plane, out, pitch) };
+    }
+    interleave_plainly(planes, plane, out, vector, pitch);
+}
+
+kernel! {
+    /// The same on any processor.
+    pub(super) fn interleave_plainly(planes: &[f32], plane: usize, out: &mut [f32], vector: usize, pitch: usize) {
+        for (pixel, out) in out.chunks_mut(pitch).take(plane).enumerate() {
+            out[..vector].fill(0.0);
+            for (out, plane) in out.iter_mut().zip(planes.chunks_exact(plane)) {
+                *out = plane[pixel];
+            }
         }
     }
 }
 
-/// Exchanges rows and columns of a square of 16 vectors.
-#[target_feature(enable = "avx512f")]
-fn transposed(rows: [__m512; VECTOR]) -> [__m512; VECTOR] {
-    let zero = _mm512_setzero_ps();
-    let (mut pairs, mut fours, mut out) = ([zero; VECTOR], [zero; VECTOR], [zero; VECTOR]);
-    for i in 0..VECTOR / 2 {
-        pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-        pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-    }
-    // Row 4 i + j: in each quarter of the vector, column j of the quarter's four, of four source rows.
-    for i in 0..VECTOR / 4 {
-        for half in 0..2 {
-            let first = _mm512_castps_pd(pairs[4 * i + half]);
-            let second = _mm512_castps_pd(pairs[4 * i + 2 + half]);
-            fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
-            fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+/// The same by squares of 16 vectors of AVX-512.
+#[cfg(target_arch = "x86_64")]
+mod square {
+    use std::arch::x86_64::{
+        __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_maskz_loadu_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4,
+        _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
+    };
+
+    /// Elements of a vector, and vectors of a square.
+    pub(super) const SIDE: usize = 16;
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn interleave(planes: &[f32], plane: usize, out: &mut [f32], pitch: usize) {
+        for first in (0..plane).step_by(SIDE) {
+            let count = SIDE.min(plane - first);
+            let mask = (u32::MAX >> (32 - count)) as u16;
+            let mut rows = [_mm512_setzero_ps(); SIDE];
+            for (row, plane) in rows.iter_mut().zip(planes.chunks_exact(plane)) {
+                let from = &plane[first..first + count];
+                // SAFETY: the mask leaves out what is behind the slice.
+                *row = unsafe { _mm512_maskz_loadu_ps(mask, from.as_ptr()) };
+            }
+            for (i, row) in transposed(rows).into_iter().enumerate().take(count) {
+                let to = &mut out[(first + i) * pitch..][..SIDE];
+                // SAFETY: the slice has the length of a vector.
+                unsafe { _mm512_storeu_ps(to.as_mut_ptr(), row) };
+            }
         }
     }
-    const EVEN: i32 = 0x88;
-    const ODD: i32 = 0xdd;
-    for j in 0..4 {
-        let even = _mm512_shuffle_f32x4::<EVEN>(fours[j], fours[4 + j]);
-        let odd = _mm512_shuffle_f32x4::<ODD>(fours[j], fours[4 + j]);
-        let lower_even = _mm512_shuffle_f32x4::<EVEN>(fours[8 + j], fours[12 + j]);
-        let lower_odd = _mm512_shuffle_f32x4::<ODD>(fours[8 + j], fours[12 + j]);
-        out[j] = _mm512_shuffle_f32x4::<EVEN>(even, lower_even);
-        out[4 + j] = _mm512_shuffle_f32x4::<EVEN>(odd, lower_odd);
-        out[8 + j] = _mm512_shuffle_f32x4::<ODD>(even, lower_even);
-        out[12 + j] = _mm512_shuffle_f32x4::<ODD>(odd, lower_odd);
+
+    /// Exchanges rows and columns of a square of 16 vectors.
+    #[target_feature(enable = "avx512f")]
+    fn transposed(rows: [__m512; SIDE]) -> [__m512; SIDE] {
+        let zero = _mm512_setzero_ps();
+        let (mut pairs, mut fours, mut out) = ([zero; SIDE], [zero; SIDE], [zero; SIDE]);
+        for i in 0..SIDE / 2 {
+            pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+            pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
+        }
+        // Row 4 i + j: in each quarter of the vector, column j of the quarter's four, of four source rows.
+        for i in 0..SIDE / 4 {
+            for half in 0..2 {
+                let first = _mm512_castps_pd(pairs[4 * i + half]);
+                let second = _mm512_castps_pd(pairs[4 * i + 2 + half]);
+                fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
+                fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
+            }
+        }
+        const EVEN: i32 = 0x88;
+        const ODD: i32 = 0xdd;
+        for j in 0..4 {
+            let even = _mm512_shuffle_f32x4::<EVEN>(fours[j], fours[4 + j]);
+            let odd = _mm512_shuffle_f32x4::<ODD>(fours[j], fours[4 + j]);
+            let lower_even = _mm512_shuffle_f32x4::<EVEN>(fours[8 + j], fours[12 + j]);
+            let lower_odd = _mm512_shuffle_f32x4::<ODD>(fours[8 + j], fours[12 + j]);
+            out[j] = _mm512_shuffle_f32x4::<EVEN>(even, lower_even);
+            out[4 + j] = _mm512_shuffle_f32x4::<EVEN>(odd, lower_odd);
+            out[8 + j] = _mm512_shuffle_f32x4::<ODD>(even, lower_even);
+            out[12 + j] = _mm512_shuffle_f32x4::<ODD>(odd, lower_odd);
+        }
+        out
     }
-    out
 }

@@ -7,10 +7,8 @@
 mod adamw;
 mod attention;
 mod conv;
-#[cfg(target_arch = "x86_64")]
 mod conv_weight;
 mod cross_entropy;
-#[cfg(target_arch = "x86_64")]
 mod direct;
 mod linear;
 mod norms;
