@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::linear::{Matrix, product};
 use super::simd::kernel;
-use super::softmax::{softmax_row, softmax_row_backward};
+use super::softmax::{softmax_row_backward, softmax_rows};
 use super::{HostOp, dims, strided_array, unwritten};
 
 /// Queries of a block.
@@ -40,17 +40,14 @@ impl Mask {
 }
 
 /// Softmax over the keys that the mask keeps; a query with none gets zeros.
-fn masked_softmax(scores: &mut [f32], keep: Option<&[u8]>, scale: f32) {
-    let Some(keep) = keep else {
-        return softmax_row(scores, scale);
-    };
+fn masked_softmax(scores: &mut [f32], keep: &[u8], scale: f32) {
     let keep = &keep[..scores.len()];
     if keep.iter().all(|&keep| keep == 0) {
         return scores.fill(0.0);
     }
     // Far enough below every real score for its weight to be lost, near enough to stay finite when scaled.
     hide(scores, keep, -1e30);
-    softmax_row(scores, scale);
+    softmax_rows(scores, scores.len(), scale);
     hide(scores, keep, 0.0);
 }
 
@@ -161,11 +158,16 @@ impl Attention {
         let visible = self.num_visible(sizes, b, h, first, rows);
         // SAFETY: the matrices lie inside their slices, and rows of this head belong to this thread.
         unsafe { product([rows, d, visible], q.below(first), k.transposed(), (weights.as_mut_ptr(), s), false) };
-        for (row, weights) in weights.chunks_exact_mut(s).take(rows).enumerate() {
-            let keep = self.mask.as_ref().map(|mask| mask.row(b, h, first + row, s));
-            let (seen, hidden) = weights.split_at_mut(visible);
-            masked_softmax(seen, keep, (d as f32).powf(-0.5));
-            hidden.fill(0.0);
+        let scale = (d as f32).powf(-0.5);
+        match &self.mask {
+            None => softmax_rows(&mut weights[..rows * s], s, scale),
+            Some(mask) => {
+                for (row, weights) in weights.chunks_exact_mut(s).take(rows).enumerate() {
+                    let (seen, hidden) = weights.split_at_mut(visible);
+                    masked_softmax(seen, mask.row(b, h, first + row, s), scale);
+                    hidden.fill(0.0);
+                }
+            }
         }
         let weights = Matrix::rows(weights, s);
         // SAFETY: as above.
@@ -251,8 +253,8 @@ impl HostOp<3> for Attention {
                             product([visible, rows, d], by_key, grad, (to_v, v_heads.pitch()), true);
                             product([rows, d, visible], grad, v.transposed(), (d_scores.as_mut_ptr(), s), false);
                         }
+                        let scale = (d as f32).powf(-0.5);
                         for (weights, d_scores) in weights.chunks_exact(s).zip(d_scores.chunks_exact_mut(s)) {
-                            let scale = (d as f32).powf(-0.5);
                             softmax_row_backward(&weights[..visible], &mut d_scores[..visible], scale);
                         }
                         let rows_of_scores = Matrix::rows(d_scores, s);

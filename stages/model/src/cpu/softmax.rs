@@ -10,9 +10,20 @@ const CHUNK: usize = 1 << 13;
 /// Lanes of the sum: four vectors.
 const WIDE: usize = 4 * LANES;
 
+/// Short rows that take turns.
+const ROWS: usize = 8;
+
+/// Softmax of scale * scores in rows of n, in place.
+pub(super) fn softmax_rows(scores: &mut [f32], n: usize, scale: f32) {
+    if n < WIDE {
+        return short_rows(scores, n, scale);
+    }
+    scores.chunks_exact_mut(n).for_each(|row| long_row(row, scale));
+}
+
 kernel! {
-    /// Softmax of scale * scores, in place.
-    pub(super) fn softmax_row(scores: &mut [f32], scale: f32) {
+    /// Softmax of one row.
+    pub(super) fn long_row(scores: &mut [f32], scale: f32) {
         let top = max(scores) * scale;
         let mut lanes = [0.0f32; WIDE];
         let (chunks, rest) = scores.as_chunks_mut::<WIDE>();
@@ -22,13 +33,36 @@ kernel! {
                 *lane += *score;
             }
         }
-        let mut total = if chunks.is_empty() { 0.0 } else { sum([&lanes], |[lane]| lane) };
+        let mut total = sum([&lanes], |[lane]| lane);
         // Two loops, of which the first becomes vector code; the second must add one after the other.
         rest.iter_mut().for_each(|score| *score = exp(score.mul_add(scale, -top)));
         rest.iter().for_each(|&score| total += score);
         let inverse = 1.0 / total;
         for score in scores.iter_mut() {
             *score *= inverse;
+        }
+    }
+}
+
+kernel! {
+    /// Softmax of rows with fewer elements than a sum has lanes.
+    pub(super) fn short_rows(scores: &mut [f32], n: usize, scale: f32) {
+        for rows in scores.chunks_mut((n * ROWS).max(1)) {
+            for row in rows.chunks_exact_mut(n) {
+                let top = max(row) * scale;
+                row.iter_mut().for_each(|score| *score = exp(score.mul_add(scale, -top)));
+            }
+            // A row's elements are added one after the other; so that nobody waits, several rows take turns.
+            let mut totals = [0.0; ROWS];
+            for column in 0..n {
+                for (row, total) in rows.chunks_exact(n).zip(&mut totals) {
+                    *total += row[column];
+                }
+            }
+            for (row, total) in rows.chunks_exact_mut(n).zip(totals) {
+                let inverse = 1.0 / total;
+                row.iter_mut().for_each(|score| *score *= inverse);
+            }
         }
     }
 }
@@ -74,9 +108,9 @@ impl HostOp<1> for Softmax {
         let (n, chunk) = chunk(x);
         let mut out = unwritten(input.len());
         for_chunks(&mut out, chunk, |i, out| {
-            for (row, input) in out.chunks_exact_mut(n).zip(input[i * chunk..].chunks_exact(n)) {
-                row.copy_from_slice(input);
-                softmax_row(row, 1.0);
+            for (rows, input) in out.chunks_mut(ROWS * n).zip(input[i * chunk..].chunks(ROWS * n)) {
+                rows.copy_from_slice(&input[..rows.len()]);
+                softmax_rows(rows, n, 1.0);
             }
         });
         let out = array(out, dims(x));
