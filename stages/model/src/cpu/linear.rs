@@ -134,10 +134,13 @@ pub(crate) struct Linear<const N: usize>;
 const FEW_ROWS: usize = 8;
 
 kernel! {
-    /// out[r] = x[r] . weight for rows of x.
-    pub(super) fn dot_rows(x: &[f32], weight: &[f32], out: &mut [f32]) {
-        for (x, out) in x.chunks_exact(weight.len()).zip(out.iter_mut()) {
-            *out = sum([x, weight], |[x, weight]| x * weight);
+    /// out [outputs, rows] = weight [outputs, inputs] times x [rows, inputs] transposed.
+    pub(super) fn dot_rows(x: &[f32], weight: &[f32], inputs: usize, out: &mut [f32]) {
+        let rows = x.len() / inputs;
+        for (weight, out) in weight.chunks_exact(inputs).zip(out.chunks_exact_mut(rows)) {
+            for (x, out) in x.chunks_exact(inputs).zip(out) {
+                *out = sum([x, weight], |[x, weight]| x * weight);
+            }
         }
     }
 }
@@ -162,11 +165,7 @@ fn forward_few(x: &[f32], weight: &[f32], bias: Option<&[f32]>, [rows, inputs, o
     // Transposed [outputs, rows]: a chunk of outputs is one thread's work.
     let mut turned = unwritten(outputs * rows);
     let chunk = outputs.div_ceil(16).max(1);
-    let one = |i: usize, out: &mut [f32]| {
-        for (o, out) in out.chunks_exact_mut(rows).enumerate() {
-            dot_rows(x, &weight[(i * chunk + o) * inputs..][..inputs], out);
-        }
-    };
+    let one = |i: usize, out: &mut [f32]| dot_rows(x, &weight[i * chunk * inputs..], inputs, out);
     if weight.len() < PARALLEL_ELEMENTS {
         turned.chunks_mut(chunk * rows).enumerate().for_each(|(i, out)| one(i, out));
     } else {
