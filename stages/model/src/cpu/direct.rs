@@ -10,6 +10,7 @@
 // Sums in registers are written as index loops over small constant ranges, which unroll completely.
 #![allow(clippy::needless_range_loop)]
 
+use std::array;
 use std::ops::Range;
 
 use pulp::{Arch, Simd, WithSimd};
@@ -86,7 +87,7 @@ impl Shape {
 /// Convolves x [batch, c, h, w] with weight [o, c, 3, 3] to [batch, o, out_h, out_w].
 pub(super) fn forward(x: &[f32], shape: Shape, weight: &[f32], bias: &[f32]) -> Vec<f32> {
     let Shape { batch, c, h, w, o, out_h, out_w, stride, padding } = shape;
-    let weight = pack([o, c, TAPS], |o, i, tap| weight[(o * c + i) * TAPS + tap]);
+    let weight = pack(weight, [o, c], &array::from_fn::<_, TAPS, _>(|tap| tap), |o, i| (o * c + i) * TAPS);
     if stride == 1 {
         let pitch = w + 2 * padding;
         let offsets = (0..TAPS).map(|tap| tap / 3 * pitch + tap % 3).collect();
@@ -122,7 +123,7 @@ pub(super) fn input_gradient(grad: &[f32], shape: Shape, weight: &[f32]) -> Vec<
         for column in 0..stride {
             let taps: Vec<usize> =
                 (0..TAPS).rev().filter(|tap| tap / 3 % stride == row && tap % 3 % stride == column).collect();
-            let weight = pack([c, o, taps.len()], |i, o, tap| weight[(o * c + i) * TAPS + taps[tap]]);
+            let weight = pack(weight, [c, o], &taps, |i, o| (o * c + i) * TAPS);
             let offset = |tap: &usize| (reach - tap / 3 / stride) * pitch + reach - tap % 3 / stride;
             let (y, x) = (Every::new(h, row, stride, padding), Every::new(w, column, stride, padding));
             let origin = (y.before - skipped) * pitch + x.before - skipped;
@@ -227,13 +228,22 @@ kernel! {
     }
 }
 
-/// Weights in the order in which tiles read them: per tile of outputs [inputs * taps, outputs of a tile].
-fn pack([outputs, inputs, taps]: [usize; 3], weight: impl Fn(usize, usize, usize) -> f32) -> Vec<f32> {
-    let mut packed = vec![0.0; outputs.div_ceil(CHANNELS) * inputs * taps * CHANNELS];
-    for (tile, packed) in packed.chunks_exact_mut(inputs * taps * CHANNELS).enumerate() {
-        for (i, packed) in packed.chunks_exact_mut(CHANNELS).enumerate() {
-            for (r, packed) in packed.iter_mut().enumerate().take(outputs - tile * CHANNELS) {
-                *packed = weight(tile * CHANNELS + r, i / taps, i % taps);
+/// Orders weights as tiles read them: per tile of outputs [inputs * taps, outputs of a tile]. `place` gives where the taps of an
+/// output and an input lie.
+fn pack(
+    weight: &[f32],
+    [outputs, inputs]: [usize; 2],
+    taps: &[usize],
+    place: impl Fn(usize, usize) -> usize,
+) -> Vec<f32> {
+    let mut packed = vec![0.0; outputs.div_ceil(CHANNELS) * inputs * taps.len() * CHANNELS];
+    for (tile, packed) in packed.chunks_exact_mut(inputs * taps.len() * CHANNELS).enumerate() {
+        for output in tile * CHANNELS..outputs.min((tile + 1) * CHANNELS) {
+            for (input, packed) in packed.chunks_exact_mut(taps.len() * CHANNELS).enumerate() {
+                let weight = &weight[place(output, input)..][..TAPS];
+                for (packed, &tap) in packed.as_chunks_mut::<CHANNELS>().0.iter_mut().zip(taps) {
+                    packed[output % CHANNELS] = weight[tap];
+                }
             }
         }
     }
