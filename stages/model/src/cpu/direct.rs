@@ -109,7 +109,7 @@ pub(super) fn forward(x: &[f32], shape: Shape, weight: &[f32], bias: &[f32]) -> 
 
 /// Returns the gradient [batch, c, h, w] of the input.
 ///
-/// The pixels that lie a whole number of strides apart are reached by the same taps, and so are a convolution of the output's gradient
+/// Pixels a whole number of strides apart are reached by the same taps: their gradient is a convolution of the output's gradient
 /// with these taps, mirrored.
 pub(super) fn input_gradient(grad: &[f32], shape: Shape, weight: &[f32]) -> Vec<f32> {
     let Shape { batch, c, h, w, o, out_h, out_w, stride, padding } = shape;
