@@ -39,11 +39,11 @@ pub(super) fn weight_gradient(x: &[f32], grad: &[f32], shape: Shape) -> Vec<f32>
     if keeps_side && o * c.next_multiple_of(vector) < c * o.next_multiple_of(vector) {
         let product = Product::new([batch, o, c], [h, w], [h, w], (1, 1));
         let sums = product.sums(grad, x);
-        return product.arrange(&sums, [o, c], |o, c, tap| (o, TAPS - 1 - tap, c));
+        return product.arrange(&sums, [o, c], true);
     }
     let product = Product::new([batch, c, o], [h, w], [out_h, out_w], (stride, padding));
     let sums = product.sums(x, grad);
-    product.arrange(&sums, [o, c], |o, c, tap| (c, tap, o))
+    product.arrange(&sums, [o, c], false)
 }
 
 /// Vectors of the packed side that are read together.
@@ -180,24 +180,22 @@ impl Product {
         out
     }
 
-    /// Returns [o, c, taps] from sums; `place` gives channel, tap and lane of an element.
-    fn arrange(
-        &self,
-        sums: &[f32],
-        [o, c]: [usize; 2],
-        place: impl Fn(usize, usize, usize) -> (usize, usize, usize) + Sync,
-    ) -> Vec<f32> {
+    /// Returns [o, c, taps] from sums whose channels are inputs and whose lanes are outputs, or, `turned`, the other way round with
+    /// mirrored taps.
+    fn arrange(&self, sums: &[f32], [o, c]: [usize; 2], turned: bool) -> Vec<f32> {
         let mut out = unwritten(o * c * TAPS);
         // As many output channels as a vector has lanes: they lie beside each other in the sums.
         out.par_chunks_mut(self.vector * c * TAPS).enumerate().for_each(|(i, out)| {
-            for channel in 0..c {
+            for input in 0..c {
                 for (output, out) in out.chunks_exact_mut(c * TAPS).enumerate() {
-                    for (tap, out) in out[channel * TAPS..][..TAPS].iter_mut().enumerate() {
-                        let (channel, tap, lane) = place(i * self.vector + output, channel, tap);
-                        let column = self.column(lane / self.vector);
-                        let before = column.first * self.vector * self.channels * TAPS;
-                        let row = (channel * TAPS + tap) * column.width * self.vector;
-                        *out = sums[before + row + lane - column.first * self.vector];
+                    let output = i * self.vector + output;
+                    let (channel, lane) = if turned { (output, input) } else { (input, output) };
+                    let column = self.column(lane / self.vector);
+                    let row = column.width * self.vector;
+                    let first = column.first * self.vector;
+                    let sums = &sums[first * self.channels * TAPS + channel * TAPS * row + lane - first..];
+                    for (tap, out) in out[input * TAPS..][..TAPS].iter_mut().enumerate() {
+                        *out = sums[row * if turned { TAPS - 1 - tap } else { tap }];
                     }
                 }
             }
