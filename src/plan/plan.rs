@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::fingerprint::{Difference, Identity, Part, Section, Sources, differences, parts, value_leaves};
-use crate::spec::{Origin, Resolved, ResolvedNode};
+use crate::spec::{Origin, Resolved, ResolvedNode, snug};
 
 /// What has been computed before: answered by the artifact store, or by a table in a test.
 pub trait Known {
@@ -253,7 +253,7 @@ fn plan_node(
     files: &dyn ExternalFiles,
 ) -> PlannedNode {
     let (content, mut missing) = external_content(&node.settings, files);
-    let fingerprints = inputs.iter().map(|(port, input)| ((*port).to_owned(), input.fingerprint)).collect();
+    let fingerprints = snug(inputs.iter().map(|(port, input)| ((*port).to_owned(), input.fingerprint)));
     let identity = Identity {
         stage_kind: node.kind,
         code_version: node.kind.code_version(),

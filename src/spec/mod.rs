@@ -45,5 +45,5 @@ pub use embedded::source_now;
 pub use load::{FileKind, Names, Overrides, check, load, load_sweep, names};
 pub use policy::{Backoff, Remedies};
 pub use project::{BUILT_IN, root_around, stage_files};
-pub use resolved::{Executor, MetricRef, Origin, Resolved, ResolvedNode, Sweep, Variant};
+pub use resolved::{Executor, MetricRef, Origin, Resolved, ResolvedNode, Sweep, Variant, snug};
 pub use stage_file::PAPER_PROFILE;

@@ -24,7 +24,7 @@ use super::pipeline::{Header, Layer, NodeTable, Pipeline};
 use super::presence::{Presence, decide};
 use super::project::Project;
 use super::reference::{References, substitute};
-use super::resolved::{Executor, Resolved, ResolvedNode};
+use super::resolved::{Executor, Resolved, ResolvedNode, snug};
 use super::run_table::ExecutorTable;
 use super::scope::{HEADER, Scope};
 use super::smoke;
@@ -157,7 +157,7 @@ pub fn resolve(
         let node = typing.node((table, instance), stage, (settings, lost_members), run);
         if let Some(mut node) = node {
             let inputs = instance.inputs.iter().map(|(port, at)| (port.clone(), instances[*at].name.clone()));
-            node.inputs = inputs.collect();
+            node.inputs = snug(inputs);
             node.needs = instance.needs.iter().map(|at| instances[*at].name.clone()).collect();
             nodes.push(Arc::new(node));
         }

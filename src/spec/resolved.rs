@@ -176,6 +176,15 @@ pub struct ResolvedNode {
     pub priority: i64,
 }
 
+/// Returns the map of entries whose number is known, without room for more: ten thousand nodes have several each, and a map
+/// that grows has room for four.
+pub fn snug<K: Ord, V>(entries: impl IntoIterator<Item = (K, V), IntoIter: ExactSizeIterator>) -> LiteMap<K, V> {
+    let entries = entries.into_iter();
+    let mut map = LiteMap::with_capacity(entries.len());
+    map.extend(entries);
+    map
+}
+
 /// Where a value was written.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]

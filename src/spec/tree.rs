@@ -12,7 +12,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::Diagnostic;
 use super::path;
-use super::resolved::Origin;
+use super::resolved::{Origin, snug};
 
 /// A text that was read: a file, or one `--set` of the command line.
 #[derive(Debug, PartialEq, Eq)]
@@ -372,13 +372,10 @@ fn spot<T>(spanned: &Spanned<T>, source: &Arc<Source>, offset: usize) -> Spot {
 
 /// Returns the tree of a table that was parsed from the text of `source` from byte `offset` on.
 pub fn table(table: DeTable<'_>, source: &Arc<Source>, offset: usize) -> Table {
-    table
-        .into_iter()
-        .map(|(key, value)| {
-            let entry = Entry { key: spot(&key, source, offset), tree: convert(value, source, offset) };
-            (key.into_inner().into_owned(), entry)
-        })
-        .collect()
+    snug(table.into_iter().map(|(key, value)| {
+        let entry = Entry { key: spot(&key, source, offset), tree: convert(value, source, offset) };
+        (key.into_inner().into_owned(), entry)
+    }))
 }
 
 fn convert(value: Spanned<DeValue<'_>>, source: &Arc<Source>, offset: usize) -> Tree {

@@ -16,7 +16,7 @@ use super::expand::Instance;
 use super::fields::SlotTable;
 use super::pipeline::NodeTable;
 use super::resolve::{amounts, identities};
-use super::resolved::{Executor, Origin, ResolvedNode};
+use super::resolved::{Executor, Origin, ResolvedNode, snug};
 use super::run_table::RunTable;
 use super::shape::{self, Check};
 use super::tree::Tree;
@@ -63,7 +63,7 @@ impl Typing<'_> {
             stage: stage.to_owned(),
             kind,
             settings: typed,
-            origins: origins.into_iter().collect(),
+            origins: snug(origins),
             inputs: LiteMap::new(),
             seed: run.seed.unwrap_or(self.seed),
             device: if uses_device { self.executor.device.clone() } else { "cpu".to_owned() },
@@ -126,7 +126,7 @@ impl Typing<'_> {
         let Some(slots) = &run.slots else {
             let name = if uses_device && capacity.contains_key("gpu") { "gpu" } else { "cpu" };
             let share = capacity.get(name).map(|most| (name.to_owned(), most.min(1.0)));
-            return (share.into_iter().collect(), BTreeMap::new());
+            return (snug(share), BTreeMap::new());
         };
         for SlotTable { name, spot, amount, ids } in slots {
             let there = |id: &u32| match slot_ids.get(name) {
@@ -151,7 +151,7 @@ impl Typing<'_> {
             };
             self.problems.push(problem);
         }
-        (amounts(slots).into_iter().collect(), identities(slots))
+        (snug(amounts(slots)), identities(slots))
     }
 }
 
