@@ -233,9 +233,7 @@ impl State {
             }
             self.runs.insert(run.as_bytes(), row.as_slice()).map_err(|source| self.database(source))?;
             if has_ended {
-                let rows = self.nodes.scan_prefix(node_key(run, &NodeName(String::new()))).keys();
-                let keys = rows.collect::<Result<Vec<_>, _>>().map_err(|source| self.database(source))?;
-                self.remove(&keys)?;
+                self.remove_run(run)?;
             }
             self.db.flush().map_err(|source| self.database(source))?;
             let file = self.path.join(DB_FILE);
@@ -289,6 +287,19 @@ impl State {
             }
         }
         Ok(keys)
+    }
+
+    /// Removes the rows of a run's nodes, a few at a time: of ten thousand there is never a list.
+    fn remove_run(&self, run: &str) -> Result<(), StateError> {
+        let prefix = node_key(run, &NodeName(String::new()));
+        loop {
+            let rows = self.nodes.scan_prefix(&prefix).keys().take(MOST_ROWS);
+            let keys = rows.collect::<Result<Vec<_>, _>>().map_err(|source| self.database(source))?;
+            if keys.is_empty() {
+                return Ok(());
+            }
+            self.remove(&keys)?;
+        }
     }
 
     fn remove(&self, keys: &[sled::IVec]) -> Result<(), StateError> {
