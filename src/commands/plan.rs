@@ -9,7 +9,7 @@ use litemap::LiteMap;
 use serde::Serialize;
 
 use super::selection::Selection;
-use super::settled::Question;
+use super::settled::{Question, source_hashes};
 use super::{Overriding, artifacts_layout, load_or_report, results_of};
 use crate::cli::{Exit, Wrong};
 use crate::plan::{
@@ -140,7 +140,9 @@ pub fn plan(args: &PlanArgs) -> Result<Exit> {
     let mut selected = args.selection.apply(plan)?;
     print(&resolved, &selected.plan, &store, args)?;
     if selected.plan.is_cached() && store.layout().state().is_dir() {
-        question.iter().for_each(|question| question.remember(&resolved, &mut selected, &store));
+        question
+            .iter()
+            .for_each(|question| question.remember(&resolved, source_hashes(&resolved), &mut selected, &store));
     }
     Ok(Exit::Done)
 }

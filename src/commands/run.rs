@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use super::opening::{Opened, changed_results, entry, open_run, save_environment};
 use super::plan::PlanArgs;
 use super::selection::{Selected, Selection};
-use super::settled::Question;
+use super::settled::{Question, source_hashes};
 use super::summary::summarise;
 use super::{Overriding, detach, idle, load_or_report, results_of};
 use crate::cli::{Exit, Wrong};
@@ -23,7 +23,7 @@ use crate::exec::LocalExecutor;
 use crate::plan::{Missing, Plan, PlannedNode, Verdict};
 use crate::progress;
 use crate::progress::format::{count, now_ms};
-use crate::run::driver::{self, Driver};
+use crate::run::driver::Driver;
 use crate::run::event::RunResult;
 use crate::run::scheduler::{Rules, Scheduler};
 use crate::spec::Resolved;
@@ -186,7 +186,7 @@ fn start_asked(resolved: Resolved, how: &How, selection: &Selection, question: O
     if how.detached.is_some() {
         detach::leave_terminal();
     }
-    execute(&resolved, how, selection, question)
+    execute(&mut resolved, how, selection, question)
 }
 
 /// Runs what was loaded, the chosen part of it: plan, open or continue a run, drive it, report. Once all of it is done,
@@ -194,7 +194,7 @@ fn start_asked(resolved: Resolved, how: &How, selection: &Selection, question: O
 ///
 /// # Errors
 /// As for [`run`].
-fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Option<&Question>) -> Result<Exit> {
+fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: Option<&Question>) -> Result<Exit> {
     let begun_ms = now_ms();
     let layout = artifacts_of(resolved, how)?;
     let holder = Holder { pid: std::process::id(), host: environment::host(), since_ms: begun_ms };
@@ -222,7 +222,9 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
     if how.detached.is_none()
         && let Some(mut summary) = idle::finished(resolved, &selected, &store)
     {
-        question.iter().for_each(|question| question.remember(resolved, &mut selected, &store));
+        question
+            .iter()
+            .for_each(|question| question.remember(resolved, source_hashes(resolved), &mut selected, &store));
         store.save_memory();
         summary.seconds = now_ms().saturating_sub(begun_ms) as f64 / 1000.0;
         progress.summary(&summary);
@@ -236,9 +238,14 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
         let run_dir = recorder.run_dir();
         save_environment(&captured, run_dir).with_context(|| format!("cannot write into {}", run_dir.display()))?;
     }
+    // The texts are in the run's folder by now; of ten thousand nodes they are megabytes.
+    let sources = source_hashes(resolved);
+    resolved.sources.clear();
     let plan = &selected.plan;
     let (reports_in, reports) = mpsc::unbounded_channel();
     let entries = plan.nodes.iter().map(|node| entry(node, &layout, &holder.host, rows.get(&node.node.name)));
+    let entries = entries.collect();
+    drop(rows);
     let max_active = how.jobs.map_or(usize::MAX, |jobs| usize::try_from(jobs).unwrap_or(usize::MAX));
     let rules = Rules {
         capacity: resolved.executor.slots.clone(),
@@ -246,7 +253,7 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
         max_active,
         keep_going: resolved.keep_going,
     };
-    let scheduler = Scheduler::new(entries.collect(), rules);
+    let scheduler = Scheduler::new(entries, rules);
     let executor = LocalExecutor::new(worker.unwrap_or_default(), layout.jobs(), holder.host.clone(), reports_in);
     let frozen_cache = resolved.executor.frozen_cache.clone();
     let frozen_cache = frozen_cache.map(|cache| FrozenCache { path: resolved.root.join(&cache.path), ..cache });
@@ -262,7 +269,6 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
         progress: progress.as_mut(),
         frozen_cache,
         environment: captured.environment,
-        places: driver::places(plan),
         untold: VecDeque::new(),
         ignores_hangup: how.detached.is_some(),
     };
@@ -273,8 +279,10 @@ fn execute(resolved: &Resolved, how: &How, selection: &Selection, question: Opti
         .build()
         .context("cannot start a runtime")?;
     let (result, _, recorder) = runtime.block_on(driver.drive())?;
-    if result == RunResult::Done {
-        question.iter().for_each(|question| question.remember(resolved, &mut selected, &store));
+    if result == RunResult::Done
+        && let Some(question) = question
+    {
+        question.remember(resolved, sources, &mut selected, &store);
     }
     store.save_memory();
     changed_results(&selected, &store).iter().for_each(|line| progress.note(line));

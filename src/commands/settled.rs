@@ -27,6 +27,15 @@ const SETTLED_DIR: &str = "settled";
 /// Remembered plans that are kept, the newest.
 const MAX_KEPT: usize = 16;
 
+/// blake3 of each file that was read, by its name in the project.
+pub type Hashes = BTreeMap<String, String>;
+
+/// Returns the hashes of the files that a pipeline was read from; what is built in counts as part of the program.
+pub fn source_hashes(resolved: &Resolved) -> Hashes {
+    let files = resolved.sources.iter().filter(|(name, _)| !name.starts_with(BUILT_IN));
+    files.map(|(name, text)| (name.clone(), blake3::hash(text.as_bytes()).to_hex().to_string())).collect()
+}
+
 /// What was asked for: the same words get the same answer as long as nothing has changed.
 #[derive(Debug, Clone)]
 pub struct Question {
@@ -49,8 +58,7 @@ pub struct Settled {
     /// Seconds that the results took when they were made.
     pub saved_seconds: f64,
     program: Stamp,
-    /// blake3 of each file that was read, by its name.
-    sources: BTreeMap<String, String>,
+    sources: Hashes,
     stage_files: Vec<String>,
     variables: BTreeMap<String, Option<String>>,
     external: BTreeMap<String, String>,
@@ -93,14 +101,14 @@ impl Question {
         is_same.then_some(settled)
     }
 
-    /// Remembers a plan all of whose results are sealed by now, which its nodes then say. One that cannot be written is decided
-    /// again next time.
-    pub fn remember(&self, resolved: &Resolved, selected: &mut Selected, store: &ArtifactStore) {
+    /// Remembers a plan made from the files of `sources`, all of whose results are sealed by now, which its nodes then say. One
+    /// that cannot be written is decided again next time.
+    pub fn remember(&self, resolved: &Resolved, sources: Hashes, selected: &mut Selected, store: &ArtifactStore) {
         if !selected.forced.is_empty() {
             return;
         }
         selected.plan.nodes.iter_mut().for_each(|planned| planned.verdict = Verdict::Cached);
-        let Some(settled) = self.settled(resolved, selected, store) else { return };
+        let Some(settled) = self.settled(resolved, sources, selected, store) else { return };
         let path = self.path(store.layout());
         let write = || {
             if let Some(folder) = path.parent() {
@@ -113,7 +121,13 @@ impl Question {
         }
     }
 
-    fn settled(&self, resolved: &Resolved, selected: &Selected, store: &ArtifactStore) -> Option<Settled> {
+    fn settled(
+        &self,
+        resolved: &Resolved,
+        sources: Hashes,
+        selected: &Selected,
+        store: &ArtifactStore,
+    ) -> Option<Settled> {
         let plan = &selected.plan;
         let mut external: BTreeMap<String, String> = BTreeMap::new();
         for planned in &plan.nodes {
@@ -124,8 +138,6 @@ impl Question {
         let seconds = |planned: &PlannedNode| store.result(&planned.fingerprint).map_or(0.0, |made| made.run_seconds);
         let is_paper = resolved.profile == PAPER_PROFILE;
         let text = (!is_paper).then(|| render::plan(resolved, plan, &Costs::default(), &BTreeMap::new()));
-        let hash = |text: &String| blake3::hash(text.as_bytes()).to_hex().to_string();
-        let files = resolved.sources.iter().filter(|(name, _)| !name.starts_with(BUILT_IN));
         Some(Settled {
             version: SETTLED_VERSION,
             name: resolved.name.clone(),
@@ -134,7 +146,7 @@ impl Question {
             num_nodes: plan.nodes.len(),
             saved_seconds: plan.nodes.iter().map(seconds).sum(),
             program: program()?,
-            sources: files.map(|(name, text)| (name.clone(), hash(text))).collect(),
+            sources,
             stage_files: spec::stage_files(&self.root),
             variables: resolved.env.keys().map(|name| (name.clone(), std::env::var(name).ok())).collect(),
             external,

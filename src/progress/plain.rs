@@ -136,8 +136,8 @@ impl Teller {
     }
 
     fn tell_node(&mut self, ts_ms: u64, node: &NodeName, state: &NodeState) -> Option<String> {
-        let took = |started: Option<&u64>| {
-            started.map_or(String::new(), |ms| format!(" in {}", duration(ts_ms.saturating_sub(*ms) as f64 / 1000.0)))
+        let took = |started: Option<u64>| {
+            started.map_or(String::new(), |ms| format!(" in {}", duration(ts_ms.saturating_sub(ms) as f64 / 1000.0)))
         };
         match state {
             NodeState::Waiting | NodeState::Ready => None,
@@ -152,7 +152,7 @@ impl Teller {
                 duration(until_ms.saturating_sub(ts_ms) as f64 / 1000.0)
             )),
             NodeState::Done { origin: Origin::Shared { with } } => Some(format!("{node}: same as {with}")),
-            NodeState::Done { .. } => Some(format!("{node}: done{}", took(self.started_ms.get(node)))),
+            NodeState::Done { .. } => Some(format!("{node}: done{}", took(self.started_ms.remove(node)))),
             NodeState::Failed { failure, .. } => Some(format!("{node}: failed: {failure}")),
             NodeState::Blocked { by } => Some(format!("{node}: blocked by {by}")),
             NodeState::Stopped { step: Some(step), .. } => Some(format!("{node}: stopped at step {step}")),

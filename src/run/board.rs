@@ -164,6 +164,7 @@ impl Board {
             });
         }
         twins.retain(|_, all| all.len() > 1);
+        twins.shrink_to_fit();
         for at in 0..cells.len() {
             for place in 0..cells[at].inputs.len() {
                 let input = cells[at].inputs[place];

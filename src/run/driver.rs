@@ -4,7 +4,7 @@
 //! Decides nothing. A state is written into the journal before anything that follows from it happens, and durable before
 //! anybody is told: see [`Recorder`].
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -52,7 +52,7 @@ pub struct Driver<'a> {
     pub root: PathBuf,
     /// Where things lie; its root is absolute.
     pub layout: Layout,
-    /// What comes next.
+    /// What comes next; its nodes stand in the order of the plan.
     pub scheduler: Scheduler,
     /// Who starts workers.
     pub executor: Box<dyn Executor>,
@@ -66,8 +66,6 @@ pub struct Driver<'a> {
     pub frozen_cache: Option<FrozenCache>,
     /// What manifests say of this machine.
     pub environment: Environment,
-    /// Places of the plan's nodes: [`places`].
-    pub places: HashMap<NodeName, usize>,
     /// Events that are written and not durable yet, each with its line and its time.
     pub untold: VecDeque<(u64, u64, RunEvent)>,
     /// True when the end of the terminal does not concern the run.
@@ -258,8 +256,8 @@ impl Driver<'_> {
     }
 
     fn planned(&self, node: &NodeName) -> &PlannedNode {
-        let place = self.places.get(node).expect("the scheduler knows the nodes of the plan and no others");
-        &self.plan.nodes[*place]
+        let place = self.scheduler.board().at(node).expect("the scheduler knows the nodes of the plan and no others");
+        &self.plan.nodes[place]
     }
 
     /// Returns the description of a node's job.
@@ -299,11 +297,6 @@ impl Driver<'_> {
             remedies: JobRemedies::default(),
         }
     }
-}
-
-/// Returns the place of each node of a plan.
-pub fn places(plan: &Plan) -> HashMap<NodeName, usize> {
-    plan.nodes.iter().enumerate().map(|(place, planned)| (planned.node.name.clone(), place)).collect()
 }
 
 /// Returns the job's device with the index of the GPU that it was given, unless the pipeline names one.

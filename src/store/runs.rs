@@ -87,21 +87,25 @@ impl RunView {
                 self.result = None;
             }
             RunEvent::Node { node, fingerprint, state } => {
-                // A resumed run tells again what it found done; that is no new transition.
-                if self.nodes.get(node).is_some_and(|before| before.state == *state && state.is_done()) {
-                    return;
-                }
-                let before = self.nodes.remove(node);
                 let is_failure = matches!(state, NodeState::Retrying { .. } | NodeState::Failed { .. });
                 let starts = matches!(state, NodeState::Running { .. });
-                let view = NodeView {
+                let mut view = NodeView {
                     fingerprint: *fingerprint,
                     state: state.clone(),
                     since_ms: record.ts_ms,
-                    started_ms: before.as_ref().and_then(|b| b.started_ms).or(starts.then_some(record.ts_ms)),
-                    failures: before.map_or(0, |before| before.failures) + u32::from(is_failure),
+                    started_ms: starts.then_some(record.ts_ms),
+                    failures: u32::from(is_failure),
                 };
-                self.nodes.insert(node.clone(), view);
+                match self.nodes.get_mut(node) {
+                    // A resumed run tells again what it found done; that is no new transition.
+                    Some(before) if before.state == *state && state.is_done() => {}
+                    Some(before) => {
+                        view.started_ms = before.started_ms.or(view.started_ms);
+                        view.failures += before.failures;
+                        *before = view;
+                    }
+                    None => drop(self.nodes.insert(node.clone(), view)),
+                }
             }
             RunEvent::RunFinished { result } => self.result = Some(*result),
         }
