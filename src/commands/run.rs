@@ -200,7 +200,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
     let holder = Holder { pid: std::process::id(), host: environment::host(), since_ms: begun_ms };
     let _lock = Lock::take(&layout.state().join("lock"), &holder)?;
 
-    let store = ArtifactStore::open(layout.clone());
+    let mut store = ArtifactStore::open(layout.clone());
     let hashes = FileHashes::open(resolved.root.clone(), layout.state().join("external.json"));
     // The process ends soon after: to take ten thousand nodes apart would only take time.
     let mut selected = ManuallyDrop::new(selection.apply(Plan::build(resolved, &store, &hashes))?);
@@ -241,6 +241,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
     // The texts are in the run's folder by now; of ten thousand nodes they are megabytes.
     let sources = source_hashes(resolved);
     resolved.sources.clear();
+    store.end_planning();
     let plan = &selected.plan;
     let (reports_in, reports) = mpsc::unbounded_channel();
     let entries = plan.nodes.iter().map(|node| entry(node, &layout, &holder.host, rows.get(&node.node.name)));

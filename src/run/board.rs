@@ -81,7 +81,7 @@ pub struct Cell {
     /// Losses that were not finite, so far.
     pub num_non_finite: u32,
     state: NodeState,
-    held: Option<Held>,
+    held: Option<Box<Held>>,
     num_unmet: usize,
     readers: Vec<usize>,
     /// Nodes that ask for the same slots are of one class.
@@ -96,7 +96,7 @@ impl Cell {
 
     /// Returns what it has of the slots.
     pub fn held(&self) -> Option<&Held> {
-        self.held.as_ref()
+        self.held.as_deref()
     }
 
     /// Returns true when everything it reads and needs is done.
@@ -273,7 +273,7 @@ impl Board {
     /// Gives a node what it will hold while its worker runs; called right before it becomes `Running`.
     pub fn hold(&mut self, at: usize, held: Held) {
         self.slots.take(&held);
-        self.cells[at].held = Some(held);
+        self.cells[at].held = Some(Box::new(held));
     }
 
     /// Moves a node to a state: the only way a state changes. Slots, queues and counts follow from it.

@@ -154,6 +154,11 @@ impl ArtifactStore {
         self.memory.remember(manifest, &self.path(&manifest.fingerprint));
     }
 
+    /// Lets go of what only planning asks for.
+    pub fn end_planning(&mut self) {
+        self.latest = OnceCell::new();
+    }
+
     /// Writes what was learnt of manifests; a memory that cannot be written costs time and nothing else.
     pub fn save_memory(&self) {
         if let Err(error) = self.memory.save(|fingerprint| self.path(fingerprint).is_dir()) {
