@@ -366,6 +366,9 @@ mod tests {
             [2, 6, 13, 1, 1],
             [1, 2, 6, 3, 64],
             [2, 9, 70, 4, 7],
+            // More than one band, the last one shorter, in rows of whole vectors and not.
+            [1, 130, 7, 29, 32],
+            [1, 130, 5, 31, 27],
         ];
         for [b, c, o, h, w] in sizes {
             for (stride, padding) in [(1, 1), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)] {

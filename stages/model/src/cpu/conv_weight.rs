@@ -16,8 +16,10 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::direct::{Shape, TAPS, Vectors, pad};
+use super::direct::{Shape, TAPS};
+use super::planes::pad;
 use super::simd::kernel;
+use super::tiles::Vectors;
 use super::unwritten;
 
 /// Vectors of a tile at most.
@@ -78,7 +80,7 @@ impl Product {
         [rows, columns]: [usize; 2],
         (stride, padding): (usize, usize),
     ) -> Self {
-        let Vectors { len: vector, registers } = Vectors::detect();
+        let Vectors { len: vector, registers, .. } = Vectors::detect();
         // 27 sums in 32 registers, 9 in 16.
         let most = if registers >= 32 { MOST_VECTORS } else { 1 };
         let num_vectors = lanes.div_ceil(vector);

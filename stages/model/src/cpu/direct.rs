@@ -1,62 +1,25 @@
-//! 3x3 convolution in vector registers and without unfolding: a tile of pixels of several output channels stays in registers
-//! while the input, padded once, is read at nine offsets. A stride of 2 reads the input from planes of every second pixel.
+//! 3x3 convolution without unfolding: the input, surrounded with zeros, is read at nine offsets. A stride of 2 reads it from planes of
+//! every second pixel.
 //!
-//! Some vectors of pixels are taken through all output channels, a block of input channels at a time, which stays in the
-//! first-level cache meanwhile.
+//! The zeros are put around a band of output rows at a time, which stays in the second-level cache while `tiles` computes it.
 //!
 //! Knows no tensor; `conv` decides when it runs. Each output is summed in one order, whatever the number of threads and the
 //! length of a vector.
 
-// Sums in registers are written as index loops over small constant ranges, which unroll completely.
-#![allow(clippy::needless_range_loop)]
-
 use std::array;
-use std::ops::Range;
+use std::cell::RefCell;
 
-use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::simd::kernel;
+use super::planes::{Every, LONGEST, pad_rows, split_rows, spread};
+use super::tiles::{Band, CHANNELS, Layer, Run, Taps, Vector, Vectors, pack};
 use super::{for_chunks, unwritten};
 
-/// Elements of the longest vector.
-pub(super) const LONGEST: usize = 16;
-/// Output channels of a tile.
-const CHANNELS: usize = 6;
-/// Vectors of pixels of a tile at most.
-const MOST_VECTORS: usize = 4;
-/// Input channels of a block, times the vectors of a tile: about 16 KiB of input.
-const BLOCK_VECTORS: usize = 64;
 pub(super) const TAPS: usize = 9;
-/// Pieces of work that a small batch is cut into.
+/// Elements of a band: 256 KiB.
+const BAND_ELEMENTS: usize = 1 << 16;
+/// Pieces of work that a convolution is cut into at least, by output channels if there are too few bands.
 const MIN_PIECES: usize = 4;
-
-/// What this processor's vectors are like.
-#[derive(Clone, Copy)]
-pub(super) struct Vectors {
-    /// Elements of a vector; 1 where there are none.
-    pub(super) len: usize,
-    pub(super) registers: usize,
-}
-
-impl Vectors {
-    /// Asks the processor.
-    pub(super) fn detect() -> Self {
-        struct Ask;
-        impl WithSimd for Ask {
-            type Output = Vectors;
-            fn with_simd<S: Simd>(self, _: S) -> Vectors {
-                Vectors { len: S::F32_LANES.min(LONGEST), registers: S::REGISTER_COUNT }
-            }
-        }
-        Arch::new().dispatch(Ask)
-    }
-
-    /// Vectors of pixels of a tile: with [`CHANNELS`], 24 sums in 32 registers or 12 in 16.
-    fn per_tile(self) -> usize {
-        if self.registers >= 32 { MOST_VECTORS } else { MOST_VECTORS / 2 }
-    }
-}
 
 /// Returns whether this processor has vectors.
 pub(super) fn is_available() -> bool {
@@ -87,24 +50,27 @@ impl Shape {
 /// Convolves x [batch, c, h, w] with weight [o, c, 3, 3] to [batch, o, out_h, out_w].
 pub(super) fn forward(x: &[f32], shape: Shape, weight: &[f32], bias: &[f32]) -> Vec<f32> {
     let Shape { batch, c, h, w, o, out_h, out_w, stride, padding } = shape;
-    let weight = pack(weight, [o, c], &array::from_fn::<_, TAPS, _>(|tap| tap), |o, i| (o * c + i) * TAPS);
-    if stride == 1 {
-        let pitch = w + 2 * padding;
-        let offsets = (0..TAPS).map(|tap| tap / 3 * pitch + tap % 3).collect();
-        let plan = Plan::new([out_h, out_w], Source { plane: (h + 2 * padding) * pitch, pitch, origin: 0 }, offsets);
-        return plan.convolve(&pad(x, [h, w], padding), batch, Layer { c, weight: &weight, bias });
-    }
-    let (part, pitch) = ((out_h + shape.reach()) * (out_w + shape.reach()), out_w + shape.reach());
-    let offset = |tap: usize| {
+    let weight = pack(weight, [o, c], [c * TAPS, TAPS], &array::from_fn::<_, TAPS, _>(|tap| tap));
+    let place = |tap: usize| {
         let [row, column] = [tap / 3, tap % 3];
-        (row % stride * stride + column % stride) * part + row / stride * pitch + column / stride
+        Place { part: row % stride * stride + column % stride, row: row / stride, column: column / stride }
     };
-    let source = Source { plane: stride * stride * part, pitch, origin: 0 };
-    let plan = Plan::new([out_h, out_w], source, (0..TAPS).map(offset).collect());
+    let places = (0..TAPS).map(place).collect();
+    let plane = |sample: usize, channel: usize| &x[(sample * c + channel) * h * w..][..h * w];
+    if stride == 1 {
+        let plan = Plan::new([out_h, out_w], Source { parts: 1, pitch: w + 2 * padding, column: 0 }, c, places);
+        let layer = Layer { c, weight: &weight, bias, is_bias_last: false };
+        return plan.convolve(batch, layer, |[sample, channel], row, out| {
+            pad_rows(plane(sample, channel), w, padding, row, out);
+        });
+    }
+    let pitch = out_w + shape.reach();
+    let plan = Plan::new([out_h, out_w], Source { parts: 4, pitch, column: 0 }, c, places);
     // The bias comes last, as it does where the input is unfolded.
-    let mut out = plan.convolve(&split(x, shape), batch, Layer { c, weight: &weight, bias: &vec![0.0; o] });
-    for_chunks(&mut out, out_h * out_w, |i, out| out.iter_mut().for_each(|out| *out += bias[i % o]));
-    out
+    let layer = Layer { c, weight: &weight, bias, is_bias_last: true };
+    plan.convolve(batch, layer, |[sample, channel], row, out| {
+        split_rows(plane(sample, channel), w, padding, row, pitch, out);
+    })
 }
 
 /// Returns the gradient [batch, c, h, w] of the input.
@@ -116,365 +82,192 @@ pub(super) fn input_gradient(grad: &[f32], shape: Shape, weight: &[f32]) -> Vec<
     let reach = shape.reach();
     // Whole strides of the padding need no gradient.
     let skipped = padding / stride;
-    let padded = pad(grad, [out_h, out_w], reach - skipped);
-    let pitch = out_w + 2 * (reach - skipped);
+    let around = reach - skipped;
+    let bias = vec![0.0; c];
+    let plane = |sample: usize, channel: usize| &grad[(sample * o + channel) * out_h * out_w..][..out_h * out_w];
     let mut d_x = Vec::new();
     for row in 0..stride {
         for column in 0..stride {
             let taps: Vec<usize> =
                 (0..TAPS).rev().filter(|tap| tap / 3 % stride == row && tap % 3 % stride == column).collect();
-            let weight = pack(weight, [c, o], &taps, |i, o| (o * c + i) * TAPS);
-            let offset = |tap: &usize| (reach - tap / 3 / stride) * pitch + reach - tap % 3 / stride;
+            let weight = pack(weight, [c, o], [TAPS, c * TAPS], &taps);
+            let place =
+                |tap: &usize| Place { part: 0, row: reach - tap / 3 / stride, column: reach - tap % 3 / stride };
             let (y, x) = (Every::new(h, row, stride, padding), Every::new(w, column, stride, padding));
-            let origin = (y.before - skipped) * pitch + x.before - skipped;
-            let source = Source { plane: (out_h + 2 * (reach - skipped)) * pitch, pitch, origin };
-            let plan = Plan::new([y.count, x.count], source, taps.iter().map(offset).collect());
-            let part = plan.convolve(&padded, batch, Layer { c: o, weight: &weight, bias: &vec![0.0; c] });
+            let source = Source { parts: 1, pitch: out_w + 2 * around, column: x.before - skipped };
+            let plan = Plan::new([y.count, x.count], source, o, taps.iter().map(place).collect());
+            let layer = Layer { c: o, weight: &weight, bias: &bias, is_bias_last: false };
+            let part = plan.convolve(batch, layer, |[sample, channel], row, out| {
+                pad_rows(plane(sample, channel), out_w, around, row + y.before - skipped, out);
+            });
             if stride == 1 {
                 return part;
             }
             if d_x.is_empty() {
                 d_x = unwritten(batch * c * h * w);
             }
-            for_chunks(&mut d_x, h * w, |i, d_x| spread(&part[i * plan.pixels..][..plan.pixels], y, x, w, d_x));
+            for_chunks(&mut d_x, h * w, |i, d_x| spread(&part[i * plan.pixels()..][..plan.pixels()], y, x, w, d_x));
         }
     }
     d_x
 }
 
-/// Every pixel of one axis that is `phase` behind a multiple of the stride, counted with the padding.
-#[derive(Clone, Copy)]
-pub(super) struct Every {
-    /// Pixels of the kind that lie in the padding before the first.
-    before: usize,
-    /// The first one, counted without the padding.
-    first: usize,
-    count: usize,
-    stride: usize,
-}
-
-impl Every {
-    fn new(side: usize, phase: usize, stride: usize, padding: usize) -> Self {
-        let before = padding.saturating_sub(phase).div_ceil(stride);
-        let first = before * stride + phase - padding;
-        Self { before, first, count: side.saturating_sub(first).div_ceil(stride), stride }
-    }
-}
-
-kernel! {
-    /// Writes the pixels of `part`, which are two apart, to their places in a plane whose rows have `w` pixels.
-    pub(super) fn spread(part: &[f32], y: Every, x: Every, w: usize, plane: &mut [f32]) {
-        for (row, part) in part.chunks_exact(x.count.max(1)).enumerate() {
-            let row = (y.first + row * y.stride) * w;
-            let (pairs, last) = plane[row + x.first..row + w].as_chunks_mut::<2>();
-            for (pair, &value) in pairs.iter_mut().zip(part) {
-                pair[0] = value;
-            }
-            last.iter_mut().zip(&part[pairs.len()..]).for_each(|(to, &value)| *to = value);
-        }
-    }
-}
-
-/// Surrounds planes of h x w by `padding` zeros; a vector behind the last plane may be read.
-pub(super) fn pad(x: &[f32], [h, w]: [usize; 2], padding: usize) -> Vec<f32> {
-    let pitch = w + 2 * padding;
-    let plane = (h + 2 * padding) * pitch;
-    let count = x.len() / (h * w);
-    let mut out = unwritten(count * plane + LONGEST);
-    let (planes, slack) = out.split_at_mut(count * plane);
-    slack.fill(0.0);
-    for_chunks(planes, plane, |i, out| {
-        let x = &x[i * h * w..(i + 1) * h * w];
-        out[..padding * pitch].fill(0.0);
-        out[(h + padding) * pitch..].fill(0.0);
-        for (x, out) in x.chunks_exact(w).zip(out[padding * pitch..].chunks_exact_mut(pitch)) {
-            out[..padding].fill(0.0);
-            out[padding..padding + w].copy_from_slice(x);
-            out[padding + w..].fill(0.0);
-        }
-    });
-    out
-}
-
-/// Pads planes and splits each into four parts, of the pixels that are two apart; a vector behind the last part may be read.
-fn split(x: &[f32], shape: Shape) -> Vec<f32> {
-    let Shape { batch, c, h, w, out_h, out_w, .. } = shape;
-    let plane = 4 * (out_h + 1) * (out_w + 1);
-    let mut out = unwritten(batch * c * plane + LONGEST);
-    let (planes, slack) = out.split_at_mut(batch * c * plane);
-    slack.fill(0.0);
-    for_chunks(planes, plane, |i, out| split_plane(&x[i * h * w..(i + 1) * h * w], shape, out));
-    out
-}
-
-kernel! {
-    /// Splits one plane.
-    pub(super) fn split_plane(x: &[f32], shape: Shape, out: &mut [f32]) {
-        let Shape { h, w, out_h, out_w, stride, padding, .. } = shape;
-        let (rows, pitch) = (out_h + 1, out_w + 1);
-        out.fill(0.0);
-        for (phase, out) in out.chunks_exact_mut(rows * pitch).enumerate() {
-            let (y, column) = (Every::new(h, phase / 2, stride, padding), Every::new(w, phase % 2, stride, padding));
-            for row in 0..y.count.min(rows - y.before) {
-                let from = &x[(y.first + row * stride) * w..][..w];
-                let to = &mut out[(y.before + row) * pitch..][column.before..pitch];
-                let (pairs, last) = from[column.first.min(w)..].as_chunks::<2>();
-                for (to, pair) in to.iter_mut().zip(pairs) {
-                    *to = pair[0];
-                }
-                to.iter_mut().skip(pairs.len()).zip(last).for_each(|(to, from)| *to = *from);
-            }
-        }
-    }
-}
-
-/// Orders weights as tiles read them: per tile of outputs [inputs * taps, outputs of a tile]. `place` gives where the taps of an
-/// output and an input lie.
-fn pack(
-    weight: &[f32],
-    [outputs, inputs]: [usize; 2],
-    taps: &[usize],
-    place: impl Fn(usize, usize) -> usize,
-) -> Vec<f32> {
-    let mut packed = vec![0.0; outputs.div_ceil(CHANNELS) * inputs * taps.len() * CHANNELS];
-    for (tile, packed) in packed.chunks_exact_mut(inputs * taps.len() * CHANNELS).enumerate() {
-        for output in tile * CHANNELS..outputs.min((tile + 1) * CHANNELS) {
-            for (input, packed) in packed.chunks_exact_mut(taps.len() * CHANNELS).enumerate() {
-                let weight = &weight[place(output, input)..][..TAPS];
-                for (packed, &tap) in packed.as_chunks_mut::<CHANNELS>().0.iter_mut().zip(taps) {
-                    packed[output % CHANNELS] = weight[tap];
-                }
-            }
-        }
-    }
-    packed
-}
-
-/// How the planes that are read lie in memory.
+/// How the rows that are read lie in memory.
 #[derive(Clone, Copy)]
 struct Source {
-    /// Elements of a channel.
-    plane: usize,
+    /// Planes of a channel.
+    parts: usize,
     /// Elements of a row.
     pitch: usize,
-    /// Where the first output pixel's offsets count from.
-    origin: usize,
+    /// Column that the first output pixel's taps count from.
+    column: usize,
 }
 
-/// Weights as [`pack`] orders them, for `c` input channels, and as many biases as there are outputs.
+/// Where a tap of an output pixel lies: the plane, and how far down and to the right.
+struct Place {
+    part: usize,
+    row: usize,
+    column: usize,
+}
+
+/// An array that several threads write, each its own elements.
 #[derive(Clone, Copy)]
-struct Layer<'a> {
-    c: usize,
-    weight: &'a [f32],
-    bias: &'a [f32],
-}
-
-/// A run of pixels of one vector: first lane, place in the output plane, length.
-#[derive(Clone, Copy)]
-struct Run {
-    lane: usize,
-    to: usize,
-    len: usize,
-}
-
-impl Run {
-    /// Copies the run from its vector to the output plane.
-    fn copy(&self, sums: &[f32], out: &mut [f32]) {
-        let (sums, out) = (&sums[self.lane..][..self.len], &mut out[self.to..][..self.len]);
-        // Whole vectors by length: a call of the library's copy costs more than what it does.
-        if let (Ok(sums), Ok(out)) = (<&[f32; 8]>::try_from(sums), <&mut [f32; 8]>::try_from(&mut *out)) {
-            *out = *sums;
-        } else if let (Ok(sums), Ok(out)) = (<&[f32; 16]>::try_from(sums), <&mut [f32; 16]>::try_from(&mut *out)) {
-            *out = *sums;
-        } else {
-            out.copy_from_slice(sums);
-        }
+struct Shared(*mut f32);
+impl Shared {
+    /// # Safety
+    /// The element exists, and no other thread writes what is written behind it.
+    unsafe fn from(self, element: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(element) }
     }
 }
+// SAFETY: `Plan::convolve`, which makes it, gives every element to one thread.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
 
-/// Where vectors of pixels and their taps lie in a plane, and where the pixels go.
+/// What a thread computes with.
+#[derive(Default)]
+struct Scratch {
+    /// A band of the input.
+    planes: Vec<f32>,
+    /// Sums [outputs, vectors, elements of a vector].
+    sums: Vec<f32>,
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// How a convolution is cut into bands of output rows, bands into vectors of pixels, and where their taps lie in the planes that are
+/// made for a band.
 ///
 /// Rows of whole vectors are cut row by row; others are taken as one long row, whose padding is computed and dropped.
 struct Plan {
-    arch: Arch,
-    /// Elements of a vector.
-    len: usize,
-    vectors_per_tile: usize,
-    /// Elements of a channel that is read.
-    plane: usize,
-    /// Elements of a channel that is written.
-    pixels: usize,
-    /// Where each tap lies, counted from a pixel's own place.
-    offsets: Vec<usize>,
-    /// First element of each vector in the plane, with its runs.
-    vectors: Vec<(usize, Vec<Run>)>,
+    kind: Vectors,
+    /// Output rows and columns.
+    sides: [usize; 2],
+    source: Source,
+    /// Output rows of a band; the last one may have fewer.
+    rows: usize,
+    /// Elements of a channel of a band.
+    filled: usize,
+    taps: Taps,
 }
 
 impl Plan {
-    fn new([h, w]: [usize; 2], source: Source, offsets: Vec<usize>) -> Self {
-        let Source { plane, pitch, origin } = source;
+    fn new(sides: [usize; 2], source: Source, c: usize, places: Vec<Place>) -> Self {
+        let [h, w] = sides;
         let kind = Vectors::detect();
-        let len = kind.len;
-        let vectors = if h == 0 || w == 0 {
-            Vec::new()
-        } else if w.is_multiple_of(len) {
-            let starts = (0..h).flat_map(|row| (0..w).step_by(len).map(move |column| (row, column)));
-            starts
-                .map(|(row, column)| (origin + row * pitch + column, vec![Run { lane: 0, to: row * w + column, len }]))
-                .collect()
-        } else {
-            let count = ((h - 1) * pitch + w).div_ceil(len);
-            let runs = |start: usize| {
-                let rows = (start / pitch..h).take_while(|row| row * pitch < start + len);
-                let run = |row: usize| {
-                    let (first, last) = ((row * pitch).max(start), (row * pitch + w).min(start + len));
-                    let (lane, column) = (first - start, first - row * pitch);
-                    (first < last).then(|| Run { lane, to: row * w + column, len: last - first })
-                };
-                rows.filter_map(run).collect()
-            };
-            (0..count).map(|i| (origin + i * len, runs(i * len))).collect()
-        };
-        Self { arch: Arch::new(), len, vectors_per_tile: kind.per_tile(), plane, pixels: h * w, offsets, vectors }
+        let reach = places.iter().map(|place| place.row).max().unwrap_or(0);
+        let most = (BAND_ELEMENTS / (c * source.parts * source.pitch)).saturating_sub(reach).clamp(1, h.max(1));
+        let rows = h.div_ceil(h.div_ceil(most).max(1));
+        // Whole tiles, where rows are whole vectors.
+        let per_row = w / kind.len;
+        let step = if w.is_multiple_of(kind.len) { kind.per_tile() >> per_row.trailing_zeros().min(2) } else { 1 };
+        let rows = rows.next_multiple_of(step.max(1)).min(h);
+        let part = (rows + reach) * source.pitch;
+        let offset = |place: &Place| place.part * part + place.row * source.pitch + place.column;
+        let filled = source.parts * part;
+        // An odd multiple of two cache lines: the channels of a block then lie in different sets of the first-level cache, where
+        // planes of about a power of two would push each other out.
+        let taps = Taps { plane: filled.next_multiple_of(32) | 32, offsets: places.iter().map(offset).collect() };
+        Self { kind, sides, source, rows, filled, taps }
     }
 
-    /// Convolves planes [batch, c, plane] to [batch, o, pixels].
-    fn convolve(&self, planes: &[f32], batch: usize, layer: Layer) -> Vec<f32> {
-        let (c, o) = (layer.c, layer.bias.len());
-        let mut out = unwritten(batch * o * self.pixels);
+    /// Elements of a channel of the output.
+    fn pixels(&self) -> usize {
+        self.sides[0] * self.sides[1]
+    }
+
+    fn has_whole_vectors(&self) -> bool {
+        self.sides[1].is_multiple_of(self.kind.len)
+    }
+
+    /// Returns the vectors of a band of so many rows.
+    fn vectors(&self, rows: usize) -> Vec<Vector> {
+        let (w, len, Source { pitch, column, .. }) = (self.sides[1], self.kind.len, self.source);
+        if self.has_whole_vectors() {
+            let places = (0..rows).flat_map(|row| (0..w).step_by(len).map(move |column| (row, column)));
+            return places
+                .map(|(row, x)| Vector {
+                    start: row * pitch + column + x,
+                    runs: vec![Run { lane: 0, to: row * w + x, len }],
+                })
+                .collect();
+        }
+        let count = ((rows - 1) * pitch + w).div_ceil(len);
+        let runs = |start: usize| {
+            let rows = (start / pitch..rows).take_while(|row| row * pitch < start + len);
+            let run = |row: usize| {
+                let (first, last) = ((row * pitch).max(start), (row * pitch + w).min(start + len));
+                let (lane, column) = (first - start, first - row * pitch);
+                (first < last).then(|| Run { lane, to: row * w + column, len: last - first })
+            };
+            rows.filter_map(run).collect()
+        };
+        (0..count).map(|i| Vector { start: column + i * len, runs: runs(i * len) }).collect()
+    }
+
+    /// Convolves to [batch, o, pixels]. `fill` writes the planes of a sample's channel, from the padded row that an output row
+    /// begins to read at.
+    fn convolve(&self, batch: usize, layer: Layer, fill: impl Fn([usize; 2], usize, &mut [f32]) + Sync) -> Vec<f32> {
+        let ([h, w], Layer { c, bias, .. }) = (self.sides, layer);
+        let (o, tiles) = (bias.len(), bias.len().div_ceil(CHANNELS));
+        let mut out = unwritten(batch * o * h * w);
         if out.is_empty() {
             return out;
         }
-        let tiles = o.div_ceil(CHANNELS).div_ceil(MIN_PIECES.div_ceil(batch));
-        let pieces: Vec<_> = out
-            .chunks_mut(o * self.pixels)
-            .enumerate()
-            .flat_map(|(b, out)| {
-                let pieces = out.chunks_mut(tiles * CHANNELS * self.pixels).enumerate();
-                pieces.map(move |(i, out)| (b, i * tiles * CHANNELS, out))
-            })
-            .collect();
-        pieces.into_par_iter().for_each_init(Vec::new, |sums, (b, first, out)| {
-            let channels = first..first + out.len() / self.pixels;
-            let x = &planes[b * c * self.plane..(b + 1) * c * self.plane + LONGEST];
-            for vectors in self.vectors.chunks(self.vectors_per_tile) {
-                self.sum(x, layer, channels.clone(), vectors, sums);
-                let per_channel = vectors.len() * self.len;
-                for (sums, out) in sums.chunks_exact(per_channel).zip(out.chunks_exact_mut(self.pixels)) {
-                    for (sums, (_, runs)) in sums.chunks_exact(self.len).zip(vectors) {
-                        runs.iter().for_each(|run| run.copy(sums, out));
-                    }
-                }
+        let bands = h.div_ceil(self.rows);
+        let per_piece = tiles.div_ceil(MIN_PIECES.div_ceil(batch * bands).min(tiles)) * CHANNELS;
+        let pieces = o.div_ceil(per_piece);
+        let (full, last) = (self.vectors(self.rows), self.vectors(h - (bands - 1) * self.rows));
+        let shared = Shared(out.as_mut_ptr());
+        (0..batch * bands * pieces).into_par_iter().for_each(|i| {
+            let (sample, band, piece) = (i / pieces / bands, i / pieces % bands, i % pieces);
+            let outputs = piece * per_piece..o.min((piece + 1) * per_piece);
+            let row = band * self.rows;
+            // Taken out of the cell, as `conv` does with its array.
+            let mut scratch = SCRATCH.take();
+            scratch.planes.resize((c * self.taps.plane + LONGEST).max(scratch.planes.len()), 0.0);
+            for (channel, planes) in scratch.planes.chunks_exact_mut(self.taps.plane).take(c).enumerate() {
+                fill([sample, channel], row, &mut planes[..self.filled]);
             }
+            let band = Band {
+                kind: self.kind,
+                taps: &self.taps,
+                layer,
+                planes: &scratch.planes[..c * self.taps.plane + LONGEST],
+                // SAFETY: the sample's channels, of which this piece writes `outputs`, and of these the band's rows.
+                out: unsafe { shared.from(sample * o * h * w + row * w) },
+                pixels: h * w,
+                outputs,
+                has_whole_vectors: self.has_whole_vectors(),
+            };
+            let vectors = if row + self.rows <= h { &full } else { &last };
+            vectors.chunks(self.kind.per_tile()).for_each(|vectors| band.sum(vectors, &mut scratch.sums));
+            SCRATCH.set(scratch);
         });
         out
-    }
-
-    /// Computes `sums` [outputs, vectors, elements of a vector] for some outputs of a layer, beginning with a tile's first.
-    fn sum(
-        &self,
-        x: &[f32],
-        Layer { c, weight, bias }: Layer,
-        outputs: Range<usize>,
-        vectors: &[(usize, Vec<Run>)],
-        sums: &mut Vec<f32>,
-    ) {
-        let furthest_tap = self.offsets.iter().max().map_or(0, |offset| offset + LONGEST);
-        let last = self.plane * (c - 1) + furthest_tap;
-        assert!(vectors.iter().all(|(start, _)| start + last <= x.len()), "a tap outside of the input");
-        let per_channel = vectors.len() * self.len;
-        sums.clear();
-        bias[outputs.clone()].iter().for_each(|&bias| sums.extend(std::iter::repeat_n(bias, per_channel)));
-        let weights = self.offsets.len() * CHANNELS;
-        let block = BLOCK_VECTORS / self.vectors_per_tile;
-        for channel in (0..c).step_by(block) {
-            let num = block.min(c - channel);
-            for (i, sums) in sums.chunks_mut(CHANNELS * per_channel).enumerate() {
-                let weight = &weight[((outputs.start / CHANNELS + i) * c + channel) * weights..][..num * weights];
-                let call = Call { plan: self, x: &x[channel * self.plane..], weight, vectors };
-                match sums.len() / per_channel {
-                    1 => call.with_channels::<1>(sums),
-                    2 => call.with_channels::<2>(sums),
-                    3 => call.with_channels::<3>(sums),
-                    4 => call.with_channels::<4>(sums),
-                    5 => call.with_channels::<5>(sums),
-                    _ => call.with_channels::<6>(sums),
-                }
-            }
-        }
-    }
-}
-
-/// One tile and some input channels, those of `weight`: adds to some vectors of some output channels.
-///
-/// `x` begins with the first of the input channels; all taps lie inside.
-#[derive(Clone, Copy)]
-struct Call<'a> {
-    plan: &'a Plan,
-    x: &'a [f32],
-    weight: &'a [f32],
-    vectors: &'a [(usize, Vec<Run>)],
-}
-
-impl Call<'_> {
-    fn with_channels<const R: usize>(self, sums: &mut [f32]) {
-        let arch = self.plan.arch;
-        match self.vectors.len() {
-            1 => arch.dispatch(Tile::<R, 1> { call: self, sums }),
-            2 => arch.dispatch(Tile::<R, 2> { call: self, sums }),
-            3 => arch.dispatch(Tile::<R, 3> { call: self, sums }),
-            _ => arch.dispatch(Tile::<R, MOST_VECTORS> { call: self, sums }),
-        }
-    }
-}
-
-/// The sums of one tile, [R outputs, V vectors].
-struct Tile<'a, const R: usize, const V: usize> {
-    call: Call<'a>,
-    sums: &'a mut [f32],
-}
-
-impl<const R: usize, const V: usize> WithSimd for Tile<'_, R, V> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { call, sums: out } = self;
-        assert_eq!([out.len(), call.vectors.len()], [R * V * S::F32_LANES, V]);
-        let out = out.as_mut_ptr().cast::<S::f32s>();
-        let mut starts = [0; V];
-        for (to, (start, _)) in starts.iter_mut().zip(call.vectors) {
-            *to = *start;
-        }
-        let mut sums = [[simd.splat_f32s(0.0); V]; R];
-        for r in 0..R {
-            for v in 0..V {
-                // SAFETY: the length was just checked.
-                sums[r][v] = unsafe { out.add(r * V + v).read_unaligned() };
-            }
-        }
-        let weights = call.weight.chunks_exact(call.plan.offsets.len() * CHANNELS);
-        for (channel, weights) in weights.enumerate() {
-            let x = call.x[channel * call.plan.plane..].as_ptr();
-            for (&offset, weights) in call.plan.offsets.iter().zip(weights.as_chunks::<CHANNELS>().0) {
-                let mut pixels = [simd.splat_f32s(0.0); V];
-                for v in 0..V {
-                    // SAFETY: `Plan::sum` checked the furthest tap of the furthest channel.
-                    pixels[v] = unsafe { x.add(offset + starts[v]).cast::<S::f32s>().read_unaligned() };
-                }
-                for r in 0..R {
-                    let factor = simd.splat_f32s(weights[r]);
-                    for v in 0..V {
-                        sums[r][v] = simd.mul_add_f32s(factor, pixels[v], sums[r][v]);
-                    }
-                }
-            }
-        }
-        for r in 0..R {
-            for v in 0..V {
-                // SAFETY: the length was checked at the beginning.
-                unsafe { out.add(r * V + v).write_unaligned(sums[r][v]) };
-            }
-        }
     }
 }

@@ -12,12 +12,14 @@ mod cross_entropy;
 mod direct;
 mod linear;
 mod norms;
+mod planes;
 mod pointwise;
 mod rerun;
 mod rotary;
 mod simd;
 mod softmax;
 mod stored;
+mod tiles;
 
 use std::fmt::Debug;
 
