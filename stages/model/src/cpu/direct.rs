@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::planes::{Every, LONGEST, pad_rows, split_rows, spread};
 use super::tiles::{Band, CHANNELS, Layer, Run, Taps, Vector, Vectors, pack};
-use super::{for_chunks, unwritten};
+use super::{Shared, for_chunks, unwritten};
 
 pub(super) const TAPS: usize = 9;
 /// Elements of a band: 256 KiB.
@@ -130,22 +130,6 @@ struct Place {
     column: usize,
 }
 
-/// An array that several threads write, each its own elements.
-#[derive(Clone, Copy)]
-struct Shared(*mut f32);
-impl Shared {
-    /// # Safety
-    /// The element exists, and no other thread writes what is written behind it.
-    unsafe fn from(self, element: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
-        unsafe { self.0.add(element) }
-    }
-}
-// SAFETY: `Plan::convolve`, which makes it, gives every element to one thread.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
 /// What a thread computes with.
 #[derive(Default)]
 struct Scratch {
@@ -242,7 +226,7 @@ impl Plan {
         let per_piece = tiles.div_ceil(MIN_PIECES.div_ceil(batch * bands).min(tiles)) * CHANNELS;
         let pieces = o.div_ceil(per_piece);
         let (full, last) = (self.vectors(self.rows), self.vectors(h - (bands - 1) * self.rows));
-        let shared = Shared(out.as_mut_ptr());
+        let shared = Shared::new(&mut out);
         (0..batch * bands * pieces).into_par_iter().for_each(|i| {
             let (sample, band, piece) = (i / pieces / bands, i / pieces % bands, i % pieces);
             let outputs = piece * per_piece..o.min((piece + 1) * per_piece);

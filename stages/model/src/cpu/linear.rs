@@ -4,9 +4,9 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::simd::{kernel, sum};
-use super::{HostOp, PARALLEL_ELEMENTS, array, dims, map_range, unwritten, values};
+use super::{HostOp, PARALLEL_ELEMENTS, Shared, array, dims, map_range, unwritten, values};
 
-/// Rows of a band are a multiple of this, so that full vectors are filled.
+/// Rows or columns of a band are a multiple of this, so that full vectors are filled.
 const BAND_ROWS: usize = 16;
 /// Multiplications below which a second thread does not pay.
 const PARALLEL_PRODUCTS: usize = 1 << 20;
@@ -58,7 +58,18 @@ pub(super) fn matmul(
         // SAFETY: just checked.
         return unsafe { product([m, k, n], a, b, (out.as_mut_ptr(), out_row), accumulates) };
     }
-    // Bands of rows: an element is summed in the same order, however many bands there are.
+    if b.column != 1 {
+        // Bands of columns: to order the columns of b for the product costs most here, and each thread then does it for its own.
+        let columns = n.div_ceil(rayon::current_num_threads()).next_multiple_of(BAND_ROWS);
+        let shared = Shared::new(out);
+        return (0..n.div_ceil(columns)).into_par_iter().for_each(|i| {
+            let first = i * columns;
+            let b = b.transposed().below(first).transposed();
+            // SAFETY: bands of columns of matrices inside their slices lie there too, and no other thread has these.
+            unsafe { product([m, k, columns.min(n - first)], a, b, (shared.from(first), out_row), accumulates) };
+        });
+    }
+    // Bands of rows. Either way an element is summed in the same order, however many bands there are.
     let rows = m.div_ceil(rayon::current_num_threads()).next_multiple_of(BAND_ROWS);
     out.par_chunks_mut(rows * out_row).enumerate().for_each(|(i, out)| {
         let first = i * rows;
@@ -289,5 +300,39 @@ impl HostOp<3> for Linear<3> {
     ) -> [Option<FlexTensor>; 3] {
         let [d_x, d_weight] = backward(x, weight, grad, [needs[0], needs[1]]);
         [d_x, d_weight, needs[2].then(|| bias_gradient(grad, dims(bias)))]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Stream;
+
+    /// Both ways to divide a product leave the order of each sum as it is.
+    #[test]
+    fn products_are_the_same_for_any_number_of_threads() {
+        let [m, k, n] = [75, 530, 210];
+        let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
+        let (a, b) = (draw("a", m * k), draw("b", k * n));
+        for b in [Matrix::rows(&b, n), Matrix::rows(&b, k).transposed()] {
+            let with = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let mut out = vec![1.0; m * n];
+                pool.install(|| matmul([m, k, n], Matrix::rows(&a, k), b, (&mut out, n), true, true));
+                out
+            };
+            let one = with(1);
+            let sum = |row: usize, column: usize| {
+                let product = |i: usize| f64::from(a[row * k + i]) * f64::from(b.values[i * b.row + column * b.column]);
+                1.0 + (0..k).map(product).sum::<f64>()
+            };
+            for (row, column) in [(0, 0), (3, 209), (74, 17), (40, 128)] {
+                // 530 roundings of terms whose sum is of the order of 23.
+                assert!((f64::from(one[row * n + column]) - sum(row, column)).abs() < 1e-4);
+            }
+            for threads in [2, 3, 5] {
+                assert!(with(threads) == one);
+            }
+        }
     }
 }

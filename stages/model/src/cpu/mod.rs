@@ -22,6 +22,7 @@ mod stored;
 mod tiles;
 
 use std::fmt::Debug;
+use std::marker::PhantomData;
 
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
@@ -128,7 +129,7 @@ struct State<O, S, const N: usize> {
 }
 
 #[derive(Debug)]
-struct Step<O>(std::marker::PhantomData<O>);
+struct Step<O>(PhantomData<O>);
 
 impl<O: HostOp<N>, const N: usize> Backward<Flex, N> for Step<O> {
     type State = State<O, O::Saved, N>;
@@ -165,8 +166,7 @@ pub(crate) fn apply<O: HostOp<N>, const N: usize, const D: usize>(op: O, inputs:
     let nodes = inputs.each_ref().map(|input| input.node());
     let inputs = inputs.map(|input| prepare(input.into_primitive()));
     let (output, saved) = op.forward(&inputs);
-    let output = match Step::<O>(std::marker::PhantomData).prepare::<NoCheckpointing>(nodes).compute_bound().stateful()
-    {
+    let output = match Step::<O>(PhantomData).prepare::<NoCheckpointing>(nodes).compute_bound().stateful() {
         OpsKind::Tracked(prep) => prep.finish(State { op, inputs, saved }, output),
         OpsKind::UnTracked(prep) => prep.finish(output),
     };
@@ -208,6 +208,30 @@ fn unwritten(len: usize) -> Vec<f32> {
         values.set_len(len);
     }
     values
+}
+
+/// An array that several threads write, each its own elements.
+#[derive(Clone, Copy)]
+struct Shared<'a>(*mut f32, PhantomData<&'a mut [f32]>);
+
+// SAFETY: who takes a place promises that nobody else writes behind it.
+unsafe impl Send for Shared<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for Shared<'_> {}
+
+impl<'a> Shared<'a> {
+    fn new(values: &'a mut [f32]) -> Self {
+        Self(values.as_mut_ptr(), PhantomData)
+    }
+
+    /// Returns the place of an element.
+    ///
+    /// # Safety
+    /// The element exists, and no other thread touches what is written behind it.
+    unsafe fn from(self, element: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(element) }
+    }
 }
 
 /// An array whose axes are stored in another order: `strides` are in elements.
