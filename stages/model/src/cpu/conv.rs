@@ -3,13 +3,11 @@
 //! The common kind (3x3, stride 1 or 2) runs in `direct` and `conv_weight` where the processor has vectors; others, and all of
 //! them elsewhere, by unfolding a band of output rows at a time.
 
-use std::cell::RefCell;
-
 use burn::backend::flex::FlexTensor;
 
 use super::linear::{Matrix, matmul};
 use super::simd::{kernel, sum};
-use super::{HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values};
+use super::{HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values, with_scratch};
 
 /// Elements of an unfolded band: small enough to stay in a core's cache.
 const BAND_ELEMENTS: usize = 1 << 16;
@@ -17,22 +15,6 @@ const BAND_ELEMENTS: usize = 1 << 16;
 const BAND_COLUMNS: usize = 64;
 /// Pieces that the batch is cut into when the weight's gradient is summed; fixed, so that the order of the sum is.
 const NUM_PIECES: usize = 8;
-
-thread_local! {
-    static BAND: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Lends this thread's scratch array.
-fn with_band<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
-    // Taken out of the cell: a nested call on the same thread then finds an empty one instead of a borrowed one.
-    let mut band = BAND.with(RefCell::take);
-    if band.len() < len {
-        band.resize(len, 0.0);
-    }
-    let result = f(&mut band[..len]);
-    BAND.with(|cell| cell.replace(band));
-    result
-}
 
 /// Convolution of x [b, c, h, w] with a weight [o, c, kernel, kernel] and a bias [o].
 #[derive(Clone, Debug)]
@@ -134,7 +116,7 @@ impl Sizes {
         }
         self.for_bands(|first, rows| {
             let width = rows * self.out_w;
-            with_band(taps * width, |band| {
+            with_scratch(taps * width, |band| {
                 unfold(self, x, first, rows, band);
                 let out = &mut out[first * self.out_w..];
                 matmul([self.o, taps, width], weight, Matrix::rows(band, width), (out, pixels), true, false);
@@ -150,7 +132,7 @@ impl Sizes {
         }
         self.for_bands(|first, rows| {
             let width = rows * self.out_w;
-            with_band(taps * width, |band| {
+            with_scratch(taps * width, |band| {
                 let grad = Matrix { values: &grad[first * self.out_w..], row: pixels, column: 1 };
                 matmul([taps, self.o, width], weight, grad, (band, width), false, false);
                 fold(self, band, first, rows, d_x);
@@ -166,7 +148,7 @@ impl Sizes {
         }
         self.for_bands(|first, rows| {
             let width = rows * self.out_w;
-            with_band(taps * width, |band| {
+            with_scratch(taps * width, |band| {
                 unfold(self, x, first, rows, band);
                 let grad = Matrix { values: &grad[first * self.out_w..], row: pixels, column: 1 };
                 let band = Matrix::rows(band, width).transposed();

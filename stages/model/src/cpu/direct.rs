@@ -7,13 +7,12 @@
 //! length of a vector.
 
 use std::array;
-use std::cell::RefCell;
 
 use rayon::prelude::*;
 
 use super::planes::{Every, LONGEST, pad_rows, split_rows, spread};
 use super::tiles::{Band, CHANNELS, Layer, Run, Taps, Vector, Vectors, pack};
-use super::{Shared, for_chunks, unwritten};
+use super::{Shared, for_chunks, unwritten, with_scratch};
 
 pub(super) const TAPS: usize = 9;
 /// Elements of a band: 256 KiB.
@@ -130,19 +129,6 @@ struct Place {
     column: usize,
 }
 
-/// What a thread computes with.
-#[derive(Default)]
-struct Scratch {
-    /// A band of the input.
-    planes: Vec<f32>,
-    /// Sums [outputs, vectors, elements of a vector].
-    sums: Vec<f32>,
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = RefCell::default();
-}
-
 /// How a convolution is cut into bands of output rows, bands into vectors of pixels, and where their taps lie in the planes that are
 /// made for a band.
 ///
@@ -227,30 +213,31 @@ impl Plan {
         let pieces = o.div_ceil(per_piece);
         let (full, last) = (self.vectors(self.rows), self.vectors(h - (bands - 1) * self.rows));
         let shared = Shared::new(&mut out);
+        let planes_len = c * self.taps.plane + LONGEST;
         (0..batch * bands * pieces).into_par_iter().for_each(|i| {
             let (sample, band, piece) = (i / pieces / bands, i / pieces % bands, i % pieces);
             let outputs = piece * per_piece..o.min((piece + 1) * per_piece);
             let row = band * self.rows;
-            // Taken out of the cell, as `conv` does with its array.
-            let mut scratch = SCRATCH.take();
-            scratch.planes.resize((c * self.taps.plane + LONGEST).max(scratch.planes.len()), 0.0);
-            for (channel, planes) in scratch.planes.chunks_exact_mut(self.taps.plane).take(c).enumerate() {
-                fill([sample, channel], row, &mut planes[..self.filled]);
-            }
-            let band = Band {
-                kind: self.kind,
-                taps: &self.taps,
-                layer,
-                planes: &scratch.planes[..c * self.taps.plane + LONGEST],
-                // SAFETY: the sample's channels, of which this piece writes `outputs`, and of these the band's rows.
-                out: unsafe { shared.from(sample * o * h * w + row * w) },
-                pixels: h * w,
-                outputs,
-                has_whole_vectors: self.has_whole_vectors(),
-            };
-            let vectors = if row + self.rows <= h { &full } else { &last };
-            vectors.chunks(self.kind.per_tile()).for_each(|vectors| band.sum(vectors, &mut scratch.sums));
-            SCRATCH.set(scratch);
+            let sums_len = outputs.len() * self.kind.per_tile() * self.kind.len;
+            with_scratch(planes_len + sums_len, |scratch| {
+                let (planes, sums) = scratch.split_at_mut(planes_len);
+                for (channel, planes) in planes.chunks_exact_mut(self.taps.plane).take(c).enumerate() {
+                    fill([sample, channel], row, &mut planes[..self.filled]);
+                }
+                let band = Band {
+                    kind: self.kind,
+                    taps: &self.taps,
+                    layer,
+                    planes,
+                    // SAFETY: the sample's channels, of which this piece writes `outputs`, and of these the band's rows.
+                    out: unsafe { shared.from(sample * o * h * w + row * w) },
+                    pixels: h * w,
+                    outputs,
+                    has_whole_vectors: self.has_whole_vectors(),
+                };
+                let vectors = if row + self.rows <= h { &full } else { &last };
+                vectors.chunks(self.kind.per_tile()).for_each(|vectors| band.sum(vectors, sums));
+            });
         });
         out
     }

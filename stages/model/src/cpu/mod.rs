@@ -21,6 +21,7 @@ mod softmax;
 mod stored;
 mod tiles;
 
+use std::cell::RefCell;
 use std::fmt::Debug;
 use std::marker::PhantomData;
 
@@ -208,6 +209,22 @@ fn unwritten(len: usize) -> Vec<f32> {
         values.set_len(len);
     }
     values
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Lends this thread's scratch array; what it holds is left over from other uses.
+fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
+    // Taken out of the cell: a nested call on the same thread then finds an empty one instead of a borrowed one.
+    let mut scratch = SCRATCH.take();
+    if scratch.len() < len {
+        scratch.resize(len, 0.0);
+    }
+    let result = f(&mut scratch[..len]);
+    SCRATCH.set(scratch);
+    result
 }
 
 /// An array that several threads write, each its own elements.

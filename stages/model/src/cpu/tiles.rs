@@ -134,14 +134,13 @@ pub(super) struct Band<'a> {
 }
 
 impl Band<'_> {
-    /// Computes a tile's vectors of all output channels.
-    pub(super) fn sum(&self, vectors: &[Vector], sums: &mut Vec<f32>) {
+    /// Computes a tile's vectors of all output channels; `sums` has room for [outputs, vectors, elements of a vector].
+    pub(super) fn sum(&self, vectors: &[Vector], sums: &mut [f32]) {
         let &Self { kind, taps, layer: Layer { c, weight, bias, is_bias_last }, planes, out, pixels, .. } = self;
         let furthest_tap = taps.offsets.iter().max().map_or(0, |offset| offset + LONGEST);
         let furthest = taps.plane * (c - 1) + furthest_tap;
         assert!(vectors.iter().all(|vector| vector.start + furthest <= planes.len()), "a tap outside of the input");
         let per_channel = vectors.len() * kind.len;
-        sums.resize((self.outputs.len() * per_channel).max(sums.len()), 0.0);
         let is_whole = self.has_whole_vectors;
         let weights = taps.offsets.len() * CHANNELS;
         let block = BLOCK_VECTORS / kind.per_tile();
