@@ -33,8 +33,8 @@ use crate::store::{ArtifactStore, FileHashes, Layout};
 
 /// Nodes up to which every run ends with a new report.
 const MAX_REPORTED_NODES: usize = 2000;
-/// Results that are sealed at a time.
-const NUM_SEALERS: usize = 4;
+/// Commands that run at a time, each on a thread of its own; more of them wait for one that ends.
+const MOST_COMMANDS: usize = 4096;
 
 /// Arguments of `deepgen run`.
 #[derive(Debug, clap::Args)]
@@ -275,11 +275,13 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        // They seal results; more of them would only compete for the disk.
-        .max_blocking_threads(NUM_SEALERS)
+        .max_blocking_threads(MOST_COMMANDS)
         .build()
         .context("cannot start a runtime")?;
-    let (result, _, recorder) = runtime.block_on(driver.drive())?;
+    let driven = runtime.block_on(driver.drive());
+    // A run that cannot go on does not wait for commands: they are found by the next.
+    runtime.shutdown_background();
+    let (result, _, recorder) = driven?;
     if result == RunResult::Done
         && let Some(question) = question
     {

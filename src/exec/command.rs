@@ -4,23 +4,45 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::path::Path;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use deepgen_contract::command::{CommandSettings, Piece, Placeholder, pieces, shell_word};
-use deepgen_contract::job::{FailureCause, JobSpec, OUT_DIR, OUTCOME_FILE, Outcome};
+use deepgen_contract::job::{FailureCause, JobSpec, OUT_DIR, Outcome};
 use serde_json::Value;
 
 /// Exit status of a shell line inside its attempt: what remains of it when nobody waits for the process.
 pub const EXIT_FILE: &str = "exit";
 
+/// Where the programs lie that are named without a folder. Each is looked for once: a child that looks for itself tries to
+/// become a file in every folder of `PATH`.
+#[derive(Debug, Default)]
+pub struct Programs(Mutex<BTreeMap<String, Option<PathBuf>>>);
+
+impl Programs {
+    /// Returns a program's file, or its name when that says where it lies or nothing is found.
+    fn find(&self, name: &str) -> PathBuf {
+        if name.contains('/') {
+            return name.into();
+        }
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = known.entry(name.to_owned()).or_insert_with(|| which::which(name).ok());
+        found.clone().unwrap_or_else(|| name.into())
+    }
+}
+
 /// Returns the process of a command; it starts in its attempt's folder, which is `folder`.
-pub fn process(settings: &CommandSettings, job: &JobSpec, folder: &Path) -> Command {
+pub fn process(settings: &CommandSettings, job: &JobSpec, folder: &Path, programs: &Programs) -> Command {
     let fill = |text: &str, is_shell| filled(text, job, folder, is_shell);
     let mut command = match settings.argv.split_first() {
         Some((program, arguments)) => {
-            let mut command = Command::new(fill(program, false));
+            let name = fill(program, false);
+            // With a `PATH` of its own it is looked for there, when it starts.
+            let path = if settings.env.contains_key("PATH") { name.clone().into() } else { programs.find(&name) };
+            let mut command = Command::new(path);
+            command.arg0(name);
             command.args(arguments.iter().map(|text| fill(text, false)));
             command
         }
@@ -77,12 +99,9 @@ fn device(job: &JobSpec) -> String {
     if is_masked { "cuda:0".into() } else { job.device.clone() }
 }
 
-/// Writes and returns how an attempt ended whose program did: declared outputs must be there, metrics must read.
-///
-/// # Errors
-/// When the outcome cannot be written.
-pub fn conclude(settings: &CommandSettings, folder: &Path, end: End, seconds: f64) -> io::Result<Outcome> {
-    let outcome = match end.code {
+/// Returns how an attempt ended whose program did: declared outputs must be there, metrics must read.
+pub fn conclude(settings: &CommandSettings, folder: &Path, end: End, seconds: f64) -> Outcome {
+    match end.code {
         Some(code) if settings.is_success(code) => match results(settings, &folder.join(OUT_DIR)) {
             Ok(metrics) => Outcome::Done { metrics, notes: Vec::new(), seconds, throughput: BTreeMap::new() },
             Err(message) => Outcome::Failed { cause: FailureCause::Program, message },
@@ -96,10 +115,7 @@ pub fn conclude(settings: &CommandSettings, folder: &Path, end: End, seconds: f6
             message: "its exit status is unknown: it ended while no orchestrator watched; a `shell` line keeps it"
                 .into(),
         },
-    };
-    // One short write: cut short by a crash it does not parse, and the attempt counts as unfinished.
-    fs::write(folder.join(OUTCOME_FILE), serde_json::to_vec(&outcome)?)?;
-    Ok(outcome)
+    }
 }
 
 /// What is known of a program's end.
@@ -158,7 +174,6 @@ mod tests {
     use deepgen_contract::id::{Fingerprint, NodeName};
     use deepgen_contract::job::{JOB_VERSION, JobInput};
     use deepgen_contract::settings::Settings;
-    use std::path::PathBuf;
 
     fn job(settings: &CommandSettings) -> JobSpec {
         let input = JobInput {
@@ -194,12 +209,13 @@ mod tests {
 
     #[test]
     fn arguments_are_filled_in_and_never_split() {
-        let argv = ["python", "{root}/score.py", "{input.images}", "--out={out}", "{seed}", "{threads}", "{device}"];
+        let argv =
+            ["no-such-scorer", "{root}/score.py", "{input.images}", "--out={out}", "{seed}", "{threads}", "{device}"];
         let argv = argv.map(str::to_owned).to_vec();
         let settings =
             CommandSettings { argv, env: BTreeMap::from([("J".into(), "{job}".into())]), ..Default::default() };
-        let command = process(&settings, &job(&settings), Path::new("/job/1"));
-        let expected = ["python", "/project/score.py", "/store/a b", "--out=/job/1/out", "7", "3", "cuda:0"];
+        let command = process(&settings, &job(&settings), Path::new("/job/1"), &Programs::default());
+        let expected = ["no-such-scorer", "/project/score.py", "/store/a b", "--out=/job/1/out", "7", "3", "cuda:0"];
         assert_eq!(words(&command), expected);
         let env: BTreeMap<_, _> = command.get_envs().collect();
         assert_eq!(env[std::ffi::OsStr::new("J")].unwrap(), "/job/1");
@@ -207,10 +223,22 @@ mod tests {
     }
 
     #[test]
+    fn a_program_is_looked_for_once_unless_it_has_a_path_of_its_own_and_keeps_its_name() {
+        let argv = ["sh", "-c", "echo $0"].map(str::to_owned).to_vec();
+        let settings = CommandSettings { argv, ..Default::default() };
+        let (job, programs, dir) = (job(&settings), Programs::default(), tempfile::tempdir().unwrap());
+        let mut command = process(&settings, &job, dir.path(), &programs);
+        assert!(Path::new(command.get_program()).is_absolute());
+        assert_eq!(String::from_utf8_lossy(&command.output().unwrap().stdout), "sh\n");
+        let settings = CommandSettings { env: BTreeMap::from([("PATH".into(), "/own".into())]), ..settings };
+        assert_eq!(process(&settings, &job, dir.path(), &programs).get_program(), "sh");
+    }
+
+    #[test]
     fn a_shell_line_gets_quoted_paths_and_keeps_its_exit_status() {
         let dir = tempfile::tempdir().unwrap();
         let settings = CommandSettings { shell: "echo {input.images} >&2; exit 3".into(), ..Default::default() };
-        let output = process(&settings, &job(&settings), dir.path()).output().unwrap();
+        let output = process(&settings, &job(&settings), dir.path(), &Programs::default()).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stderr), "/store/a b\n");
         assert_eq!(output.status.code(), Some(3));
         assert_eq!(written_code(dir.path()), Some(3));
@@ -221,7 +249,7 @@ mod tests {
         let out: PathBuf = dir.path().join(OUT_DIR);
         fs::create_dir_all(&out).unwrap();
         files.iter().for_each(|(name, text)| fs::write(out.join(name), text).unwrap());
-        conclude(settings, dir.path(), End { code, last_words: String::new() }, 1.0).unwrap()
+        conclude(settings, dir.path(), End { code, last_words: String::new() }, 1.0)
     }
 
     #[test]

@@ -83,18 +83,29 @@ impl JobDir {
         self.lease().map_or(attempt == 1, |lease| lease.attempt == attempt)
     }
 
-    /// Creates the directory of a job's attempt with its description, and gives it the lease.
+    /// Creates the directory of an attempt and, after the first, gives it the lease.
     ///
     /// # Errors
     /// When it cannot be written.
-    pub fn create(&self, job: &JobSpec, host: &str) -> io::Result<PathBuf> {
-        let folder = self.attempt(job.attempt);
-        fs::create_dir_all(&folder)?;
-        fs::write(folder.join(JOB_FILE), serde_json::to_vec(job)?)?;
-        if job.attempt > 1 {
-            self.give_lease(job.attempt, host, None)?;
+    pub fn make(&self, attempt: u32, host: &str) -> io::Result<PathBuf> {
+        let folder = self.attempt(attempt);
+        // Mostly only the job's own folder is missing; asked for the deepest one, the system would say no first.
+        match fs::create_dir(&self.folder).and_then(|()| fs::create_dir(&folder)) {
+            Ok(()) => {}
+            Err(_) => fs::create_dir_all(&folder)?,
+        }
+        if attempt > 1 {
+            self.give_lease(attempt, host, None)?;
         }
         Ok(folder)
+    }
+
+    /// Writes the description of a job into the directory of its attempt.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn describe(&self, job: &JobSpec) -> io::Result<()> {
+        fs::write(self.attempt(job.attempt).join(JOB_FILE), serde_json::to_vec(job)?)
     }
 
     /// Returns the worker of an attempt, if it still runs on this host.
@@ -118,16 +129,15 @@ impl JobDir {
         if self.live_worker(newest, host).is_some() {
             return Start::Alive { attempt: newest };
         }
-        let has_lease = self.has_lease(newest);
         let folder = self.attempt(newest);
-        let is_done = matches!(outcome(&folder), Ok(Some(Outcome::Done { .. })));
-        if has_lease && is_done && folder.join(OUT_DIR).is_dir() {
-            return Start::Finished { attempt: newest };
-        }
-        // A shell line ended while nobody watched; whoever follows it draws the conclusion.
-        let is_concluded = !matches!(outcome(&folder), Ok(None));
-        if has_lease && !is_concluded && command::written_code(&folder).is_some() {
-            return Start::Alive { attempt: newest };
+        // Without its output it was sealed already; what became of the result is no matter of the attempt.
+        if self.has_lease(newest) && folder.join(OUT_DIR).is_dir() {
+            match outcome(&folder) {
+                Ok(Some(Outcome::Done { .. })) => return Start::Finished { attempt: newest },
+                // A shell line ended while nobody watched; whoever follows it draws the conclusion.
+                Ok(None) if command::written_code(&folder).is_some() => return Start::Alive { attempt: newest },
+                _ => {}
+            }
         }
         Start::Fresh { next_attempt: newest + 1 }
     }
@@ -225,6 +235,17 @@ mod tests {
         job.give_lease(10, "here", Some(ProcessId::of(std::process::id()))).unwrap();
         assert_eq!(job.start("here"), Start::Alive { attempt: 10 });
         assert_eq!(job.attempts(), [10, 1]);
+    }
+
+    #[test]
+    fn a_shell_line_that_ended_unwatched_is_concluded_once() {
+        let (_dir, job) = job_dir();
+        attempt(&job, 1, None);
+        let folder = job.attempt(1);
+        fs::write(folder.join(command::EXIT_FILE), "0\n").unwrap();
+        assert_eq!(job.start("here"), Start::Alive { attempt: 1 });
+        fs::remove_dir(folder.join(OUT_DIR)).unwrap();
+        assert_eq!(job.start("here"), Start::Fresh { next_attempt: 2 }, "its output was sealed");
     }
 
     #[test]

@@ -57,7 +57,8 @@ pub fn signal_group(pid: u32, how: Cancel) {
     }
 }
 
-fn rustix_pid(pid: u32) -> Option<rustix::process::Pid> {
+/// Returns a process number as the system calls take it; nothing for one that cannot be.
+pub fn rustix_pid(pid: u32) -> Option<rustix::process::Pid> {
     rustix::process::Pid::from_raw(i32::try_from(pid).ok()?)
 }
 

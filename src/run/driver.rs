@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use deepgen_contract::artifact::{Environment, Manifest};
 use deepgen_contract::id::NodeName;
-use deepgen_contract::job::{FailureCause, FrozenCache, JOB_VERSION, JobInput, JobRemedies, JobSpec};
+use deepgen_contract::job::{FailureCause, FrozenCache, JOB_VERSION, JobInput, JobRemedies, JobSpec, Outcome};
 use deepgen_contract::stage::StageKind;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
@@ -133,6 +133,7 @@ impl Driver<'_> {
                 Some(Event::Heard { node })
             }
             What::Ended(ended) => Some(Event::Ended { node, attempt, ended }),
+            What::Sealed(sealed) => Some(self.after_sealing((node, attempt, *sealed))),
         }
     }
 
@@ -174,16 +175,10 @@ impl Driver<'_> {
         Ok(result)
     }
 
-    /// Returns what is worth a line: that a node is ready follows from others, and a command's result is sealed at once.
+    /// Returns what is worth a line: that a node is ready follows from others.
     fn happened(&self, node: NodeName, state: NodeState) -> Option<RunEvent> {
-        let planned = self.planned(&node);
-        let is_command = planned.node.kind == StageKind::Command;
-        let is_told = match state {
-            NodeState::Ready | NodeState::Waiting => false,
-            NodeState::Sealing { .. } => !is_command,
-            _ => true,
-        };
-        is_told.then_some(RunEvent::Node { fingerprint: planned.fingerprint, node, state })
+        let is_told = !matches!(state, NodeState::Ready | NodeState::Waiting);
+        is_told.then(|| RunEvent::Node { fingerprint: self.planned(&node).fingerprint, node, state })
     }
 
     /// Shows what has become durable.
@@ -204,13 +199,14 @@ impl Driver<'_> {
             Action::Launch { node, attempt, slot_ids, remedies } => {
                 let job = JobSpec { slot_ids, remedies, ..self.job(&node, attempt) };
                 let job = JobSpec { device: on_own_gpu(&job), ..job };
-                let error = self.executor.launch(&job).err()?;
+                let seal = self.sealing(&node, attempt);
+                let error = self.executor.launch(job, Box::new(move |outcome| seal(Some(outcome)))).err()?;
                 let failure = Failure { cause: FailureCause::Io, message: error.to_string() };
                 Some(Event::Ended { node, attempt, ended: Ended::Failed(failure) })
             }
             Action::Attach { node, attempt } => {
-                let fingerprint = self.planned(&node).fingerprint;
-                self.executor.attach(&node, &fingerprint, attempt);
+                let job = self.job(&node, attempt);
+                self.executor.attach(job);
                 None
             }
             Action::Cancel { node, how, .. } => {
@@ -225,20 +221,35 @@ impl Driver<'_> {
     }
 
     fn seal(&self, node: NodeName, attempt: u32, seals: UnboundedSender<Sealed>) {
+        let sealing = self.sealing(&node, attempt);
+        tokio::task::spawn_blocking(move || {
+            // The loop ends only after every sealing has reported.
+            let _ = seals.send((node, attempt, sealing(None)));
+        });
+    }
+
+    /// Returns the work of sealing an attempt, whose outcome is read from its folder when nobody knows it.
+    fn sealing(
+        &self,
+        node: &NodeName,
+        attempt: u32,
+    ) -> impl FnOnce(Option<Outcome>) -> Result<Manifest, String> + use<> {
         let sealing = Sealing {
             layout: self.layout.clone(),
-            node: self.planned(&node).clone(),
+            node: self.planned(node).clone(),
             attempt,
             environment: self.environment.clone(),
-            now_ms: now_ms(),
         };
-        let link = self.recorder.run_dir().join(layout::NODES_DIR);
-        tokio::task::spawn_blocking(move || {
-            let fingerprint = sealing.node.fingerprint;
-            let sealed = sealing.run().inspect(|_| link_node(&link, &node, &fingerprint.to_string()));
-            // The loop ends only after every sealing has reported.
-            let _ = seals.send((node, attempt, sealed.map_err(|error| error.to_string())));
-        });
+        let links = self.recorder.run_dir().join(layout::NODES_DIR);
+        move |outcome| {
+            let sealed = match outcome {
+                Some(outcome) => sealing.seal(outcome),
+                None => sealing.run(),
+            };
+            let sealed = sealed.map_err(|error| error.to_string())?;
+            link_node(&links, &sealed.node, &sealed.fingerprint.to_string());
+            Ok(sealed)
+        }
     }
 
     fn after_sealing(&self, (node, attempt, sealed): Sealed) -> Event {

@@ -391,7 +391,8 @@ impl Scheduler {
     }
 
     fn sealed(&mut self, node: &NodeName, attempt: u32, actions: &mut Vec<Action>) {
-        let Some(at) = self.board.at(node).filter(|at| self.board.cells()[*at].state().is_active()) else { return };
+        let is_it = |state: &NodeState| state.is_active() && state.attempt() == Some(attempt);
+        let Some(at) = self.board.at(node).filter(|at| is_it(self.board.cells()[*at].state())) else { return };
         self.set(at, NodeState::Done { origin: Origin::Ran { attempt } }, actions);
         let twins: Vec<usize> = self.board.twins(at).collect();
         for twin in twins {

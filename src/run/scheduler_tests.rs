@@ -99,6 +99,8 @@ fn slots_hold_nodes_back_until_a_worker_has_ended() {
     assert_eq!(begun[3..], ["a=running", "launch a#1", "b=running", "launch b#1"]);
     assert_eq!(show(&s.on(ended("a", 1, Ended::Done), 1)), ["a=sealing", "seal a#1", "c=running", "launch c#1"]);
     assert_eq!(show(&s.on(sealed("a", 1), 2)), ["a=done"]);
+    assert!(s.on(sealed("b", 2), 3).is_empty(), "that attempt is not its");
+    assert_eq!(show(&s.on(sealed("b", 1), 4)), ["b=done"], "sealed before anybody heard of its end");
 }
 
 #[test]

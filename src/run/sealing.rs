@@ -10,6 +10,7 @@ use deepgen_contract::stage::StageKind;
 
 use crate::exec::jobdir::{self, EventTail, JobDir};
 use crate::plan::PlannedNode;
+use crate::progress::format::now_ms;
 use crate::store::Layout;
 use crate::store::artifacts::{self, ArtifactError};
 
@@ -24,8 +25,6 @@ pub struct Sealing {
     pub attempt: u32,
     /// Machine and programs.
     pub environment: Environment,
-    /// Time of sealing, milliseconds since 1970.
-    pub now_ms: u64,
 }
 
 /// An attempt that cannot be sealed.
@@ -49,19 +48,32 @@ pub enum SealError {
 }
 
 impl Sealing {
-    /// Seals the output and returns its manifest.
+    /// Seals the output of an attempt that wrote its outcome down, and returns the manifest.
     ///
     /// # Errors
     /// When the attempt may not be sealed or its output cannot be moved.
     pub fn run(self) -> Result<Manifest, SealError> {
+        let path = JobDir::new(&self.layout.jobs(), &self.node.fingerprint).attempt(self.attempt);
+        match jobdir::outcome(&path) {
+            Ok(Some(outcome)) => self.seal(outcome),
+            _ => Err(SealError::NotDone { path }),
+        }
+    }
+
+    /// Seals the output of an attempt with this outcome, and returns the manifest.
+    ///
+    /// # Errors
+    /// When the attempt may not be sealed or its output cannot be moved.
+    pub fn seal(self, outcome: Outcome) -> Result<Manifest, SealError> {
         let dir = JobDir::new(&self.layout.jobs(), &self.node.fingerprint);
         let folder = dir.attempt(self.attempt);
         if !dir.has_lease(self.attempt) {
             return Err(SealError::Lease { attempt: self.attempt });
         }
-        let Ok(Some(Outcome::Done { metrics, notes, seconds, throughput })) = jobdir::outcome(&folder) else {
+        let Outcome::Done { metrics, notes, seconds, throughput } = outcome else {
             return Err(SealError::NotDone { path: folder });
         };
+        let now_ms = now_ms();
         let earlier: Vec<_> = match self.attempt {
             1 => Vec::new(),
             own => dir.attempts().into_iter().filter(|attempt| *attempt < own).collect(),
@@ -89,8 +101,8 @@ impl Sealing {
             metrics,
             throughput,
             notes,
-            started_ms: spans.iter().chain(&own).map(|(first, _)| *first).min().unwrap_or(self.now_ms),
-            sealed_ms: self.now_ms,
+            started_ms: spans.iter().chain(&own).map(|(first, _)| *first).min().unwrap_or(now_ms),
+            sealed_ms: now_ms,
             run_seconds: seconds + earlier_seconds,
             attempts: earlier.len() as u32 + 1,
             environment: Environment { device, threads: resolved.threads, ..self.environment },
