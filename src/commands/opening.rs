@@ -21,17 +21,16 @@ use crate::plan::{Plan, PlannedNode, Reason, Verdict};
 use crate::progress::Progress;
 use crate::progress::format::{count, now_ms, stamp};
 use crate::run::board::{Entry, Start};
-use crate::run::driver::link_node;
 use crate::run::event::{NodeState, Origin, RunEvent};
 use crate::run::slots::Request;
 use crate::spec::{Resolved, ResolvedNode};
 use crate::store::index::RunIndex;
-use crate::store::layout::{self, ENVIRONMENT_FILE, NODES_DIR, RESOLVED_FILE};
+use crate::store::layout::{self, ENVIRONMENT_FILE, RESOLVED_FILE};
 use crate::store::lock::Holder;
 use crate::store::runs;
 use crate::store::saved::write_plan;
 use crate::store::state::{NodeRow, State};
-use crate::store::{ArtifactStore, Layout, Recorder, external};
+use crate::store::{ArtifactStore, Layout, Links, Recorder, external};
 
 /// Names of results that were computed again begin with this in the store.
 pub const REPLACED: &str = "replaced-";
@@ -43,6 +42,8 @@ pub struct Opened {
     pub recorder: Recorder,
     /// What earlier processes of the run left of its nodes.
     pub rows: BTreeMap<NodeName, NodeRow>,
+    /// Links from its folder to results; those of cached nodes are made.
+    pub links: Links,
 }
 
 /// Opens the newest run of this very plan that was cut short or stopped, or else a new one, and clears the way for
@@ -90,9 +91,9 @@ pub fn open_run(
             .with_context(|| format!("cannot write into {}", run_dir.display()))?;
     }
     let is_new = open.is_none();
-    let nodes = run_dir.join(NODES_DIR);
+    let links = Links::of(&selected.plan, &run_dir);
     for planned in selected.plan.nodes.iter().filter(|planned| planned.verdict == Verdict::Cached) {
-        link_node(&nodes, &planned.node.name, &planned.fingerprint.to_string());
+        links.make(&planned.node.name, &planned.fingerprint);
     }
     let mut recorder = Recorder::open(layout, &run, state)?;
     let now = now_ms();
@@ -101,7 +102,7 @@ pub fn open_run(
     progress.run_event(now, &event);
     set_unsure_aside(selected, &rows, layout, progress);
     clear_forced(selected, &rows, layout, is_new)?;
-    Ok(Opened { recorder, rows })
+    Ok(Opened { recorder, rows, links })
 }
 
 /// Reads results that were sealed and whose sealing was not durable yet when the run was cut short: after a loss of

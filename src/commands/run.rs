@@ -5,6 +5,7 @@
 use std::collections::VecDeque;
 use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use deepgen_contract::job::FrozenCache;
@@ -230,7 +231,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         progress.summary(&summary);
         return Ok(Exit::Done);
     }
-    let Opened { recorder, rows } = open_run(resolved, &mut selected, &layout, &holder, progress.as_mut())?;
+    let Opened { recorder, rows, links } = open_run(resolved, &mut selected, &layout, &holder, progress.as_mut())?;
     if let Some(log) = &how.detached {
         detach::tell_parent(log, recorder.run_dir())?;
     }
@@ -267,6 +268,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         executor: Box::new(executor),
         reports,
         recorder,
+        links: Arc::new(links),
         progress: progress.as_mut(),
         frozen_cache,
         environment: captured.environment,

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use deepgen_contract::artifact::{Environment, Manifest};
@@ -26,7 +27,7 @@ use crate::plan::{Plan, PlannedNode};
 use crate::progress::Progress;
 use crate::progress::format::now_ms;
 use crate::store::state::StateError;
-use crate::store::{ArtifactStore, Layout, Recorder, layout};
+use crate::store::{ArtifactStore, Layout, Links, Recorder};
 
 /// Time between two looks at the clock: retries and drawing.
 const TICK: Duration = Duration::from_millis(200);
@@ -60,6 +61,8 @@ pub struct Driver<'a> {
     pub reports: UnboundedReceiver<Report>,
     /// Where events become durable.
     pub recorder: Recorder,
+    /// Links from the run's folder to results.
+    pub links: Arc<Links>,
     /// Who watches.
     pub progress: &'a mut dyn Progress,
     /// Where jobs that train keep what frozen parts compute.
@@ -240,14 +243,14 @@ impl Driver<'_> {
             attempt,
             environment: self.environment.clone(),
         };
-        let links = self.recorder.run_dir().join(layout::NODES_DIR);
+        let links = Arc::clone(&self.links);
         move |outcome| {
             let sealed = match outcome {
                 Some(outcome) => sealing.seal(outcome),
                 None => sealing.run(),
             };
             let sealed = sealed.map_err(|error| error.to_string())?;
-            link_node(&links, &sealed.node, &sealed.fingerprint.to_string());
+            links.make(&sealed.node, &sealed.fingerprint);
             Ok(sealed)
         }
     }
@@ -316,28 +319,5 @@ fn on_own_gpu(job: &JobSpec) -> String {
     match given.filter(|_| matches!(job.device.as_str(), "cuda" | "wgpu")) {
         Some(id) => format!("{}:{id}", job.device),
         None => job.device.clone(),
-    }
-}
-
-/// Links a node's name to its artifact in the run's folder, for people who look around there.
-pub fn link_node(folder: &std::path::Path, node: &NodeName, fingerprint: &str) {
-    let name = node.0.replace('/', "_");
-    let link = || {
-        let path = folder.join(name);
-        let make = || std::os::unix::fs::symlink(format!("../../../store/{fingerprint}"), &path);
-        match make() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                std::fs::create_dir_all(folder)?;
-                make()
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                std::fs::remove_file(&path)?;
-                make()
-            }
-            made => made,
-        }
-    };
-    if let Err(error) = link() {
-        tracing::debug!(%node, %error, "no link to the artifact");
     }
 }

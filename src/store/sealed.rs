@@ -34,7 +34,7 @@ pub struct SealedResult {
     /// The manifest that says so.
     manifest: Stamp,
     /// Every file but the manifest, with its size in bytes.
-    files: Box<[(String, u64)]>,
+    files: Box<[(Box<str>, u64)]>,
 }
 
 impl SealedResult {
@@ -50,7 +50,7 @@ impl SealedResult {
             sealed_ms: manifest.sealed_ms,
             run_seconds: manifest.run_seconds,
             manifest: Stamp::of(&fs::metadata(folder.join(MANIFEST_FILE))?),
-            files: manifest.files.iter().map(|file| (file.path.clone(), file.bytes)).collect(),
+            files: manifest.files.iter().map(|file| (file.path.as_str().into(), file.bytes)).collect(),
         })
     }
 
@@ -59,7 +59,7 @@ impl SealedResult {
     }
 
     fn has_its_files(&self, folder: &Path) -> bool {
-        self.files.iter().all(|(path, bytes)| fs::metadata(folder.join(path)).is_ok_and(|file| file.len() == *bytes))
+        self.files.iter().all(|(path, bytes)| fs::metadata(folder.join(&**path)).is_ok_and(|file| file.len() == *bytes))
     }
 }
 

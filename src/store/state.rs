@@ -28,7 +28,8 @@ use crate::run::event::{NodeState, Origin, RunResult};
 pub const DB_DIR: &str = "db";
 /// sled's own log inside the database folder.
 const DB_FILE: &str = "db";
-const CACHE_BYTES: u64 = 16 * 1024 * 1024;
+/// Pages that sled keeps in memory: rows are written and read once.
+const CACHE_BYTES: u64 = 4 * 1024 * 1024;
 /// State of a node whose result was there before the run.
 const CACHED: NodeState = NodeState::Done { origin: Origin::Cached };
 /// Most rows of one transaction: sled keeps every version of a page that a transaction makes until it ends.
