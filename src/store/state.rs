@@ -15,6 +15,7 @@ use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use deepgen_contract::id::{Fingerprint, NodeName};
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,9 @@ pub const DB_DIR: &str = "db";
 const DB_FILE: &str = "db";
 /// Pages that sled keeps in memory: rows are written and read once.
 const CACHE_BYTES: u64 = 4 * 1024 * 1024;
+/// Time to wait for a database whose file is held. A process that a killed orchestrator had just begun holds what that one had
+/// open until it becomes its program.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// State of a node whose result was there before the run.
 const CACHED: NodeState = NodeState::Done { origin: Origin::Cached };
 /// Most rows of one transaction: sled keeps every version of a page that a transaction makes until it ends.
@@ -191,13 +195,17 @@ impl State {
         let error = |source| StateError::Database { path: path.to_owned(), source };
         fs::create_dir_all(path).map_err(|source| StateError::Io { path: path.to_owned(), source })?;
         // These options must stay as they are for databases that exist.
-        let db = sled::Config::new()
-            .path(path)
-            .cache_capacity(CACHE_BYTES)
-            .mode(sled::Mode::LowSpace)
-            .flush_every_ms(None)
-            .open()
-            .map_err(error)?;
+        let config =
+            sled::Config::new().path(path).cache_capacity(CACHE_BYTES).mode(sled::Mode::LowSpace).flush_every_ms(None);
+        let begun = Instant::now();
+        let db = loop {
+            match config.open() {
+                Err(sled::Error::Io(error)) if is_held(&error) && begun.elapsed() < PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                opened => break opened.map_err(error)?,
+            }
+        };
         let runs = db.open_tree("runs").map_err(error)?;
         let nodes = db.open_tree("nodes").map_err(error)?;
         Ok(Self { path: path.to_owned(), db, runs, nodes })
@@ -378,6 +386,11 @@ fn compare(rows: &BTreeMap<String, RunRow>, truth: &BTreeMap<String, u64>) -> Ag
     let late = |(run, seq): (&String, &u64)| rows.get(run).is_none_or(|row| row.last_seq < *seq).then(|| run.clone());
     let late: Vec<String> = truth.iter().filter_map(late).collect();
     if late.is_empty() { Agreement::Same } else { Agreement::Behind(late) }
+}
+
+/// Returns true when sled says that another process holds the file; it has no kind of error for that.
+fn is_held(error: &io::Error) -> bool {
+    error.to_string().starts_with("could not acquire lock")
 }
 
 /// Runs `action` and turns a panic of the database into an error, without its message on standard error.

@@ -54,6 +54,20 @@ fn the_state_reopens_as_it_was() {
 }
 
 #[test]
+fn a_state_that_is_held_for_a_moment_is_waited_for_and_not_made_again() {
+    let (_dir, layout) = project();
+    let file = File::open(layout.state().join(DB_DIR).join(DB_FILE)).unwrap();
+    file.lock().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(file);
+        });
+        assert_holds_the_run(&layout, None);
+    });
+}
+
+#[test]
 fn rows_of_nodes_go_when_their_run_has_ended_and_stay_when_it_was_stopped() {
     for (result, num_left) in [(RunResult::Stopped, 1), (RunResult::Failed, 0), (RunResult::Done, 0)] {
         let (_dir, layout) = project();
