@@ -2,7 +2,6 @@
 //!
 //! Opens no state and takes no lock, so it works while a run goes on.
 
-use std::collections::HashMap;
 use std::io;
 use std::path::PathBuf;
 
@@ -160,10 +159,8 @@ pub fn result_word(view: &RunView) -> &'static str {
 
 fn run_status(layout: &Layout, run: &str, view: &RunView, index: io::Result<RunIndex>) -> RunStatus {
     let is_running = result_word(view) == "running";
-    // Of ten thousand names each is found sooner by its hash than by its order.
-    let seen: HashMap<&NodeName, &NodeView> = view.nodes.iter().collect();
     let node_status = |node: NodeName, stage: String, fingerprint: Fingerprint| {
-        let seen = seen.get(&node).copied();
+        let seen = view.nodes.get(&node);
         let pace = seen.filter(|seen| seen.state.is_active()).map(|seen| pace(layout, seen));
         NodeStatus {
             node,

@@ -77,16 +77,13 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
     let mut view = RunView::default();
     let mut nodes: Vec<Seen<'_>> = Vec::with_capacity(end / LINES_OF_A_NODE);
     let mut places: HashMap<Cow<'_, str>, usize> = HashMap::with_capacity(end / LINES_OF_A_NODE);
-    // The second half is taken apart while the first is.
-    let middle = memchr(b'\n', &text.as_bytes()[end / 2..end]).map_or(end, |at| end / 2 + at + 1);
-    let (first, second) = text[..end].split_at(middle);
-    let parsed = std::thread::scope(|scope| {
-        let second = scope.spawn(|| lines(second).map(parse).collect::<Vec<_>>());
-        let first: Vec<_> = lines(first).map(parse).collect();
-        second.join().map(|second| first.into_iter().chain(second))
-    });
-    for parsed in parsed.map_err(|_| named("its lines could not be read".into()))? {
-        let (line, parsed) = parsed.map_err(|error| named(error.to_string()))?;
+    let ends = memchr_iter(b'\n', &text.as_bytes()[..end]);
+    for (start, end) in std::iter::once(0).chain(ends.clone().map(|at| at + 1)).zip(ends) {
+        let line = &text[start..end];
+        let parsed = match ordinary(line) {
+            Some(parsed) => parsed,
+            None => serde_json::from_str(line).map_err(|error| named(error.to_string()))?,
+        };
         match (parsed.event.node, parsed.event.state, parsed.event.fingerprint) {
             (Some(node), Some(state), Some(fingerprint)) if parsed.event.kind == "node" => {
                 let ts_ms = parsed.ts_ms;
@@ -131,16 +128,6 @@ pub fn glance(run_dir: &Path) -> io::Result<RunView> {
     ordered.sort_unstable();
     view.nodes = ordered.into_iter().map(viewed).collect::<Result<_, _>>().map_err(named)?;
     Ok(view)
-}
-
-/// Returns the lines of a text that ends with one, each without its end.
-fn lines(text: &str) -> impl Iterator<Item = &str> {
-    let ends = memchr_iter(b'\n', text.as_bytes());
-    std::iter::once(0).chain(ends.clone().map(|at| at + 1)).zip(ends).map(|(start, end)| &text[start..end])
-}
-
-fn parse(line: &str) -> serde_json::Result<(&str, Line<'_>)> {
-    Ok((line, ordinary(line).map_or_else(|| serde_json::from_str(line), Ok)?))
 }
 
 /// Reads a line of a node that goes its way, if it is laid out exactly as this version writes it.
