@@ -98,8 +98,8 @@ pub struct Vertex {
 pub fn drawing(vertices: &[Vertex]) -> Element {
     let mut edges = Vec::new();
     for (target, vertex) in vertices.iter().enumerate() {
-        for source in &vertex.sources {
-            if !edges.contains(&(*source, target)) {
+        for (at, source) in vertex.sources.iter().enumerate() {
+            if !vertex.sources[..at].contains(source) {
                 edges.push((*source, target));
             }
         }

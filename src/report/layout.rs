@@ -103,14 +103,17 @@ pub fn layout(heights: &[f64], edges: &[(usize, usize)], gap: f64) -> Layout {
 
 /// Returns the column of each vertex: its depth, or further right when all that it feeds lies further right.
 fn columns(num_vertices: usize, edges: &[(usize, usize)]) -> Vec<usize> {
-    let mut columns = vec![0; num_vertices];
+    let (mut sources, mut readers) = (vec![Vec::new(); num_vertices], vec![Vec::new(); num_vertices]);
+    for &(source, target) in edges {
+        sources[target].push(source);
+        readers[source].push(target);
+    }
+    let mut columns: Vec<usize> = vec![0; num_vertices];
     for vertex in 0..num_vertices {
-        let inputs = edges.iter().filter(|(_, target)| *target == vertex);
-        columns[vertex] = inputs.map(|(source, _)| columns[*source] + 1).max().unwrap_or(0);
+        columns[vertex] = sources[vertex].iter().map(|source| columns[*source] + 1).max().unwrap_or(0);
     }
     for vertex in (0..num_vertices).rev() {
-        let readers = edges.iter().filter(|(source, _)| *source == vertex);
-        if let Some(first) = readers.map(|(_, target)| columns[*target]).min() {
+        if let Some(first) = readers[vertex].iter().map(|target| columns[*target]).min() {
             columns[vertex] = first - 1;
         }
     }

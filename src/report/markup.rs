@@ -16,7 +16,9 @@ impl Markup {
 
     /// Returns text, escaped.
     pub fn text(text: impl Display) -> Self {
-        Self(escape(&text.to_string()))
+        let mut markup = String::new();
+        push_escaped(&mut markup, text);
+        Self(markup)
     }
 
     /// Returns pieces one after the other.
@@ -49,12 +51,14 @@ impl Display for Markup {
     }
 }
 
-/// An element that is being filled.
+/// An element that is being filled. A page holds a hundred thousand, so it is one text from the start.
 #[derive(Debug, Clone)]
 pub struct Element {
     tag: &'static str,
-    open: String,
-    body: String,
+    /// All of it but its end tag.
+    text: String,
+    /// Where its attributes end.
+    head: usize,
 }
 
 /// Elements of HTML that have neither body nor end.
@@ -65,13 +69,18 @@ const INLINE: [&str; 6] = ["a", "span", "code", "b", "strong", "summary"];
 
 /// Returns an empty element.
 pub fn el(tag: &'static str) -> Element {
-    Element { tag, open: String::new(), body: String::new() }
+    Element { tag, text: format!("<{tag}>"), head: 1 + tag.len() }
 }
 
 impl Element {
     /// Adds an attribute.
     pub fn attr(mut self, name: &'static str, value: impl Display) -> Self {
-        let _ = write!(self.open, " {name}=\"{}\"", escape(&value.to_string()));
+        let body = self.text.split_off(self.head);
+        self.text.extend([" ", name, "=\""]);
+        push_escaped(&mut self.text, value);
+        self.text.push('"');
+        self.head = self.text.len();
+        self.text.push_str(&body);
         self
     }
 
@@ -82,20 +91,20 @@ impl Element {
 
     /// Appends text.
     pub fn text(mut self, text: impl Display) -> Self {
-        self.body.push_str(&escape(&text.to_string()));
+        push_escaped(&mut self.text, text);
         self
     }
 
     /// Appends a piece.
     pub fn add(mut self, piece: impl Into<Markup>) -> Self {
-        self.body.push_str(&piece.into().0);
+        self.text.push_str(&piece.into().0);
         self
     }
 
     /// Appends pieces one after the other.
     pub fn add_all<M: Into<Markup>>(mut self, pieces: impl IntoIterator<Item = M>) -> Self {
         for piece in pieces {
-            self.body.push_str(&piece.into().0);
+            self.text.push_str(&piece.into().0);
         }
         self
     }
@@ -103,12 +112,11 @@ impl Element {
 
 impl From<Element> for Markup {
     fn from(element: Element) -> Self {
-        let Element { tag, open, body } = element;
-        if VOID.contains(&tag) {
-            return Self(format!("<{tag}{open}>"));
+        let Element { tag, mut text, .. } = element;
+        if !VOID.contains(&tag) {
+            text.extend(["</", tag, if INLINE.contains(&tag) { ">" } else { ">\n" }]);
         }
-        let end = if INLINE.contains(&tag) { "" } else { "\n" };
-        Self(format!("<{tag}{open}>{body}</{tag}>{end}"))
+        Self(text)
     }
 }
 
@@ -155,22 +163,35 @@ pub fn details(summary: impl Into<Markup>, body: impl Into<Markup>) -> Element {
     el("details").add(el("summary").add(summary)).add(el("div").class("folded").add(body))
 }
 
-/// Returns text that means itself in a body and in a quoted attribute.
-pub fn escape(text: &str) -> String {
-    let mut out = String::with_capacity(text.len() + text.len() / 8);
-    for c in text.chars() {
-        match c {
-            '&' => out.push_str("&amp;"),
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '"' => out.push_str("&quot;"),
-            '\'' => out.push_str("&#39;"),
-            // Control characters are no part of HTML; logs hold them.
-            c if c.is_control() && !matches!(c, '\n' | '\t') => out.push('\u{fffd}'),
-            c => out.push(c),
+/// Appends text so that it means itself in a body and in a quoted attribute.
+fn push_escaped(markup: &mut String, text: impl Display) {
+    // Writing to a string does not fail.
+    let _ = write!(Escaping(markup), "{text}");
+}
+
+/// Escapes what is written to it.
+struct Escaping<'a>(&'a mut String);
+
+impl Write for Escaping<'_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let mut plain = 0;
+        for (at, c) in text.char_indices() {
+            let instead = match c {
+                '&' => "&amp;",
+                '<' => "&lt;",
+                '>' => "&gt;",
+                '"' => "&quot;",
+                '\'' => "&#39;",
+                // Control characters are no part of HTML; logs hold them.
+                c if c.is_control() && !matches!(c, '\n' | '\t') => "\u{fffd}",
+                _ => continue,
+            };
+            self.0.extend([&text[plain..at], instead]);
+            plain = at + c.len_utf8();
         }
+        self.0.push_str(&text[plain..]);
+        Ok(())
     }
-    out
 }
 
 /// Returns an identifier made of plain characters, the same for the same name.
@@ -209,6 +230,12 @@ mod tests {
             Markup::from(element).to_string().trim_end(),
             "<a href=\"x&quot; onclick=&#39;y&#39;\">&lt;b&gt; &amp; \u{fffd}[1m</a>"
         );
+    }
+
+    #[test]
+    fn an_attribute_may_come_after_the_body() {
+        let element = el("p").class("a").text("body").attr("id", "b").add(el("br"));
+        assert_eq!(Markup::from(element).to_string(), "<p class=\"a\" id=\"b\">body<br></p>\n");
     }
 
     #[test]
