@@ -103,9 +103,10 @@ impl Element {
 
     /// Appends pieces one after the other.
     pub fn add_all<M: Into<Markup>>(mut self, pieces: impl IntoIterator<Item = M>) -> Self {
-        for piece in pieces {
-            self.text.push_str(&piece.into().0);
-        }
+        let pieces: Vec<Markup> = pieces.into_iter().map(Into::into).collect();
+        // Megabytes at the end of a page: room for all of them is found once.
+        self.text.reserve(pieces.iter().map(|piece| piece.0.len()).sum());
+        self.text.extend(pieces.iter().map(|piece| piece.0.as_str()));
         self
     }
 }

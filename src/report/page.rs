@@ -26,12 +26,9 @@ pub fn render(data: &ReportData) -> String {
         .add(el("meta").attr("http-equiv", "Content-Security-Policy").attr("content", POLICY))
         .add(el("title").text(title))
         .add(el("style").add(Markup::raw(STYLE)));
-    let main = el("main").attr("id", "top").add(header(data)).add_all(sections.iter().map(section));
-    let body = el("body")
-        .add(navigation(data, &sections))
-        .add(main)
-        .add(footer(data))
-        .add(el("script").add(Markup::raw(SCRIPT)));
+    let navigation = navigation(data, &sections);
+    let main = el("main").attr("id", "top").add(header(data)).add_all(sections.into_iter().map(section));
+    let body = el("body").add(navigation).add(main).add(footer(data)).add(el("script").add(Markup::raw(SCRIPT)));
     format!("<!doctype html>\n{}", Markup::from(el("html").attr("lang", "en").add(head).add(body)))
 }
 
@@ -87,14 +84,14 @@ fn sections(data: &ReportData) -> Vec<Section> {
     all.into_iter().filter_map(present).collect()
 }
 
-fn section(section: &Section) -> Element {
+fn section(section: Section) -> Element {
     let heading = format!("{}-title", section.id);
     let mut part = el("section").attr("id", section.id).attr("aria-labelledby", &heading);
     part = part.add(el("h2").attr("id", heading).text(section.title));
     if !section.lead.is_empty() {
         part = part.add(el("p").class("lead").text(section.lead));
     }
-    part.add(section.body.clone())
+    part.add(section.body)
 }
 
 fn navigation(data: &ReportData, sections: &[Section]) -> Element {

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use deepgen_contract::artifact::{Environment, Manifest};
+use rayon::prelude::*;
 
 use super::dag::{look, metric_of_note};
 use super::data::{NodeReport, ReportData};
@@ -23,7 +24,8 @@ pub fn section(data: &ReportData) -> Markup {
     part.push(machines(data));
     part.push(el("h3").text("Nodes"));
     part.push(overview(data));
-    part.push(el("div").class("nodes").add_all(data.nodes.iter().map(|node| node_details(data, node))));
+    let nodes: Vec<Markup> = data.nodes.par_iter().map(|node| node_details(data, node)).collect();
+    part.push(el("div").class("nodes").add_all(nodes));
     part
 }
 

@@ -11,6 +11,7 @@ use deepgen_contract::artifact::Manifest;
 use deepgen_contract::eval::SCORES_FILE;
 use deepgen_contract::event::WorkerEventKind;
 use deepgen_contract::job::{METRICS_FILE, STDERR_FILE};
+use rayon::prelude::*;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -23,7 +24,7 @@ use crate::run::event::{NodeState, Origin, RunResult};
 use crate::store::layout::RESOLVED_FILE;
 use crate::store::runs::{self, RunView, SavedPlan};
 use crate::store::saved::SavedPlanned;
-use crate::store::{ArtifactStore, Layout, accepted};
+use crate::store::{ArtifactStore, Layout, accepted, artifacts};
 
 /// Bytes of a failed node's `stderr.log` that are shown.
 const LOG_TAIL_BYTES: u64 = 4096;
@@ -43,10 +44,11 @@ pub fn read(run_dir: &Path, store: &ArtifactStore) -> Result<ReportData, ReportE
     let saved = SavedPlan::read(run_dir)?;
     let outcome = outcome(&view);
     let nodes: Vec<NodeReport> = {
-        let accepted = accepted::read_all(store.layout());
+        let layout = store.layout();
+        let accepted = accepted::read_all(layout);
         let of = |planned: &SavedPlanned| planned.stands_for.and_then(|own| accepted.get(&own).cloned());
-        let read = |planned| NodeReport { accepted: of(planned), ..read_node(planned, &view, store) };
-        saved.plan.nodes.iter().map(read).collect()
+        let read = |planned| NodeReport { accepted: of(planned), ..read_node(planned, &view, layout) };
+        saved.plan.nodes.par_iter().map(read).collect()
     };
     let grids = samples::grids(&nodes, store);
     let published = saved.sweep.as_ref().and_then(|sweep| published_ablation(run_dir, &sweep.name));
@@ -98,11 +100,11 @@ fn outcome(view: &RunView) -> &'static str {
     }
 }
 
-fn read_node(planned: &SavedPlanned, view: &RunView, store: &ArtifactStore) -> NodeReport {
+fn read_node(planned: &SavedPlanned, view: &RunView, layout: &Layout) -> NodeReport {
     let name = &planned.node.name;
     let seen = view.nodes.get(name);
     let state = view.state(name).clone();
-    let manifest = match store.manifest(&planned.fingerprint) {
+    let manifest = match artifacts::manifest(layout, &planned.fingerprint) {
         Ok(manifest) => Some(manifest),
         Err(error) => {
             if state.is_done() {
@@ -111,10 +113,10 @@ fn read_node(planned: &SavedPlanned, view: &RunView, store: &ArtifactStore) -> N
             None
         }
     };
-    let job = JobDir::new(&store.layout().jobs(), &planned.fingerprint);
+    let job = JobDir::new(&layout.jobs(), &planned.fingerprint);
     let attempts = job.attempts();
     let (job_metrics, warnings) = worker_words(&job, &attempts);
-    let folder = store.path(&planned.fingerprint);
+    let folder = layout.artifact(&planned.fingerprint);
     let metrics = match &manifest {
         Some(_) => with_timings(read_metrics(&folder.join(METRICS_FILE)), job_metrics),
         None => job_metrics,
@@ -122,8 +124,7 @@ fn read_node(planned: &SavedPlanned, view: &RunView, store: &ArtifactStore) -> N
     let newest = state.attempt().or(attempts.first().copied());
     let is_failure = matches!(state, NodeState::Failed { .. } | NodeState::Retrying { .. });
     let log_tail = newest.filter(|_| is_failure).and_then(|attempt| tail(&job.attempt(attempt).join(STDERR_FILE)).ok());
-    let job_dir =
-        newest.filter(|_| !attempts.is_empty()).map(|attempt| relative(&job.attempt(attempt), store.layout()));
+    let job_dir = newest.filter(|_| !attempts.is_empty()).map(|attempt| relative(&job.attempt(attempt), layout));
     NodeReport {
         settings: planned.node.typed(),
         accepted: None,

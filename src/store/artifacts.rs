@@ -88,25 +88,12 @@ impl ArtifactStore {
         self.layout.artifact(fingerprint)
     }
 
-    /// Returns the manifest of a sealed artifact after comparing its files with their recorded sizes.
+    /// Returns the manifest of a sealed artifact; see [`manifest`].
     ///
     /// # Errors
     /// When there is none or it does not verify.
     pub fn manifest(&self, fingerprint: &Fingerprint) -> Result<Manifest, ArtifactError> {
-        let folder = self.path(fingerprint);
-        let manifest = read_manifest(&folder)?;
-        if manifest.fingerprint != *fingerprint {
-            let what = format!("it belongs to {}", manifest.fingerprint.short());
-            return Err(ArtifactError::Manifest { path: folder.join(MANIFEST_FILE), what });
-        }
-        for file in &manifest.files {
-            let path = folder.join(&file.path);
-            let bytes = fs::metadata(&path).map_err(|source| ArtifactError::Io { path: path.clone(), source })?.len();
-            if bytes != file.bytes {
-                return Err(ArtifactError::Content { path, what: format!("has {bytes} bytes, not {}", file.bytes) });
-            }
-        }
-        Ok(manifest)
+        manifest(&self.layout, fingerprint)
     }
 
     /// Reads every file of an artifact and compares its hash: `deepgen check --artifacts`.
@@ -225,6 +212,27 @@ impl Known for ArtifactStore {
             content: manifest.content.into_iter().collect(),
         })
     }
+}
+
+/// Returns the manifest of a sealed artifact after comparing its files with their recorded sizes.
+///
+/// # Errors
+/// When there is none or it does not verify.
+pub fn manifest(layout: &Layout, fingerprint: &Fingerprint) -> Result<Manifest, ArtifactError> {
+    let folder = layout.artifact(fingerprint);
+    let manifest = read_manifest(&folder)?;
+    if manifest.fingerprint != *fingerprint {
+        let what = format!("it belongs to {}", manifest.fingerprint.short());
+        return Err(ArtifactError::Manifest { path: folder.join(MANIFEST_FILE), what });
+    }
+    for file in &manifest.files {
+        let path = folder.join(&file.path);
+        let bytes = fs::metadata(&path).map_err(|source| ArtifactError::Io { path: path.clone(), source })?.len();
+        if bytes != file.bytes {
+            return Err(ArtifactError::Content { path, what: format!("has {bytes} bytes, not {}", file.bytes) });
+        }
+    }
+    Ok(manifest)
 }
 
 fn read_manifest(folder: &Path) -> Result<Manifest, ArtifactError> {
