@@ -14,7 +14,7 @@ use deepgen_contract::artifact::{FileEntry, MANIFEST_FILE, MANIFEST_VERSION, Man
 use deepgen_contract::id::{Fingerprint, NodeName};
 
 use super::accepted;
-use super::external::{hash_file, hash_reader};
+use super::external::{hash_file, hash_opened};
 use super::layout::Layout;
 use super::sealed::{SealedMemory, SealedResult};
 use crate::plan::{Known, NodeRecord};
@@ -301,12 +301,12 @@ fn collect(folder: &Path, prefix: &str, files: &mut Vec<FileEntry>) -> Result<()
             collect(&path, &format!("{name}/"), files)?;
         } else if kind.is_file() {
             let entry = (|| {
-                let mut file = File::open(&path)?;
+                let file = File::open(&path)?;
                 let bytes = file.metadata()?.len();
                 if bytes >= LARGE_BYTES {
                     file.sync_all()?;
                 }
-                let blake3 = hash_reader(&mut file)?;
+                let blake3 = hash_opened(&file, bytes)?;
                 file.set_permissions(read_only())?;
                 Ok(FileEntry { path: name, bytes, blake3 })
             })();

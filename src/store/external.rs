@@ -4,7 +4,7 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -13,6 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::plan::ExternalFiles;
 
 const EXTERNAL_VERSION: u32 = 1;
+/// Bytes of a long file that are read at once, for all processors to hash; a shorter file is hashed by one.
+const HASHED_AT_ONCE: usize = 4 << 20;
 
 /// Hashes of external content, with their memory in `artifacts/state/external.json`.
 #[derive(Debug)]
@@ -142,17 +144,32 @@ impl ExternalFiles for FileHashes {
 /// # Errors
 /// When it cannot be read.
 pub fn hash_file(path: &Path) -> io::Result<String> {
-    hash_reader(&mut std::fs::File::open(path)?)
+    let file = std::fs::File::open(path)?;
+    let bytes = file.metadata()?.len();
+    hash_opened(&file, bytes)
 }
 
-/// Returns the blake3 of what is left in a reader.
+/// Returns the blake3 of the content of a file that was just opened and has about so many bytes.
 ///
 /// # Errors
 /// When it cannot be read.
-pub fn hash_reader(reader: &mut impl io::Read) -> io::Result<String> {
+pub fn hash_opened(mut file: impl Read, bytes: u64) -> io::Result<String> {
     let mut hasher = blake3::Hasher::new();
-    // blake3 reads 64 KiB at a time into its own buffer.
-    hasher.update_reader(reader)?;
+    if bytes < HASHED_AT_ONCE as u64 {
+        // blake3 reads 64 KiB at a time into its own buffer.
+        hasher.update_reader(file)?;
+    } else {
+        // Read and not mapped: a file that is cut short meanwhile would end the program.
+        let mut buffer = vec![0; HASHED_AT_ONCE];
+        loop {
+            match file.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(num) => drop(hasher.update_rayon(&buffer[..num])),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
     Ok(hasher.finalize().to_hex().to_string())
 }
 
@@ -194,6 +211,20 @@ fn inode(metadata: &std::fs::Metadata) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn long_and_short_files_have_the_hash_of_their_content() {
+        let content: Vec<u8> = (0..2 * HASHED_AT_ONCE + 12_345).map(|at| (at * at >> 7) as u8).collect();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        for len in [0, 1, HASHED_AT_ONCE - 1, HASHED_AT_ONCE, content.len()] {
+            std::fs::write(&path, &content[..len]).unwrap();
+            assert_eq!(hash_file(&path).unwrap(), blake3::hash(&content[..len]).to_hex().to_string(), "{len} bytes");
+        }
+        // One that grows or shrinks while it is read is hashed as far as it goes.
+        let hash = hash_opened(&content[..5], HASHED_AT_ONCE as u64).unwrap();
+        assert_eq!(hash, blake3::hash(&content[..5]).to_hex().to_string());
+    }
 
     #[test]
     fn content_decides_and_unchanged_files_are_remembered() {
