@@ -3,7 +3,8 @@
 
 Every repetition has a folder of its own, and folders are removed after the last step: a file system that does not hand out
 inodes again for minutes after a removal (ext4 without a journal: up to six) would make whoever creates files next pay for it.
-An invocation soon after another one suffers from it all the same.
+An invocation soon after another one suffers from it all the same. What was written before a repetition, such as by a build, is on
+the disk before it begins.
 
 Steps per repetition: cold run, warm run, plan, late input changed + plan + run, first input changed + run.
 Each line of the output is one step: wall seconds, peak RSS (MiB, largest single process), exit status, sink right or not.
@@ -78,7 +79,7 @@ def main():
             t = tools.ALL[name](os.path.abspath(bins[name]) if name in bins else "")
             for rep in range(a.reps):
                 root = tempfile.mkdtemp(prefix=f"{name}-{n}-", dir=work)
-                inp = dag.lay_out(n, root); t.write(n, root)
+                inp = dag.lay_out(n, root); t.write(n, root); os.sync()
 
                 def step(what, argv, check=True):
                     r = go(argv, root, t.env, a.cap)
