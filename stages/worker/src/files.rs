@@ -52,8 +52,8 @@ pub fn hash_file(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let mut hasher = blake3::Hasher::new();
     // A checkpoint of the paper's size is tens of gigabytes: all processors hash what one has read.
-    let mut buffer =
-        vec![0; HASHED_AT_ONCE.min(usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX).saturating_add(1))];
+    let bytes = file.metadata()?.len().saturating_add(1).min(HASHED_AT_ONCE as u64);
+    let mut buffer = vec![0; bytes as usize];
     loop {
         match file.read(&mut buffer) {
             Ok(0) => break,
