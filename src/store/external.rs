@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn long_and_short_files_have_the_hash_of_their_content() {
-        let content: Vec<u8> = (0..2 * HASHED_AT_ONCE + 12_345).map(|at| (at * at >> 7) as u8).collect();
+        let content: Vec<u8> = (0..2 * HASHED_AT_ONCE + 12_345).map(|at| ((at * at) >> 7) as u8).collect();
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("file");
         for len in [0, 1, HASHED_AT_ONCE - 1, HASHED_AT_ONCE, content.len()] {

@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_file_has_the_hash_of_its_content_however_long_it_is() {
-        let content: Vec<u8> = (0..HASHED_AT_ONCE + 12_345).map(|at| (at * at >> 7) as u8).collect();
+        let content: Vec<u8> = (0..HASHED_AT_ONCE + 12_345).map(|at| ((at * at) >> 7) as u8).collect();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("file");
         for len in [0, 1, HASHED_AT_ONCE - 1, HASHED_AT_ONCE, content.len()] {
