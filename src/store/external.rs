@@ -149,7 +149,8 @@ pub fn hash_file(path: &Path) -> io::Result<String> {
     hash_opened(&file, bytes)
 }
 
-/// Returns the blake3 of the content of a file that was just opened and has about so many bytes.
+/// Returns the blake3 of the content of a file that was just opened and has about so many bytes. Not for use on a thread of
+/// `rayon` that another one waits for.
 ///
 /// # Errors
 /// When it cannot be read.

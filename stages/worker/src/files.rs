@@ -3,13 +3,10 @@
 //! Knows no format but JSON's text.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 use serde::Serialize;
-
-/// Bytes of a file that are read at once to be hashed.
-const HASHED_AT_ONCE: usize = 4 << 20;
 
 /// Writes `text` to `path`.
 ///
@@ -49,19 +46,8 @@ pub fn sync_folder_of(path: &Path) -> io::Result<()> {
 /// # Errors
 /// When it cannot be read.
 pub fn hash_file(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
     let mut hasher = blake3::Hasher::new();
-    // A checkpoint of the paper's size is tens of gigabytes: all processors hash what one has read.
-    let bytes = file.metadata()?.len().saturating_add(1).min(HASHED_AT_ONCE as u64);
-    let mut buffer = vec![0; bytes as usize];
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(num) => drop(hasher.update_rayon(&buffer[..num])),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
+    io::copy(&mut File::open(path)?, &mut hasher)?;
     Ok(hasher.finalize().to_hex().to_string())
 }
 
@@ -97,17 +83,6 @@ fn list(folder: &Path, prefix: &str, names: &mut Vec<String>) -> io::Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_file_has_the_hash_of_its_content_however_long_it_is() {
-        let content: Vec<u8> = (0..HASHED_AT_ONCE + 12_345).map(|at| ((at * at) >> 7) as u8).collect();
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("file");
-        for len in [0, 1, HASHED_AT_ONCE - 1, HASHED_AT_ONCE, content.len()] {
-            fs::write(&path, &content[..len]).unwrap();
-            assert_eq!(hash_file(&path).unwrap(), blake3::hash(&content[..len]).to_hex().to_string(), "{len} bytes");
-        }
-    }
 
     #[test]
     fn a_folder_hash_sees_names_and_contents() {
