@@ -41,7 +41,8 @@ pub fn sync_folder_of(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Returns the blake3 of a file, hexadecimal.
+/// Returns the blake3 of a file, hexadecimal. On one processor: a job runs in a pool of its own threads, and where that has one it
+/// may be waiting for whoever hashes.
 ///
 /// # Errors
 /// When it cannot be read.
