@@ -6,6 +6,7 @@
 mod file;
 mod load;
 mod params;
+mod pickle;
 mod torch;
 mod write;
 
