@@ -210,19 +210,13 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         super::plan::refuse_dear(&super::plan::costs(&selected.plan, &store), most)?;
     }
     let worker = find_worker(resolved, how, &selected.plan)?;
-    let is_computing = selected.plan.nodes.iter().any(|node| node.verdict != Verdict::Cached);
-    let captured = match is_computing {
-        true => environment::capture(&resolved.root, worker.as_deref(), &hashes),
-        false => Captured::default(),
-    };
-    hashes.remember();
-
     let mut progress = progress::choose(how.json, how.quiet);
     progress.begin(selected.plan.nodes.len());
     // A detached child owes its parent the name of a run of its own.
     if how.detached.is_none()
         && let Some(mut summary) = idle::finished(resolved, &selected, &store)
     {
+        hashes.remember();
         question
             .iter()
             .for_each(|question| question.remember(resolved, source_hashes(resolved), &mut selected, &store));
@@ -231,7 +225,17 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         progress.summary(&summary);
         return Ok(Exit::Done);
     }
-    let Opened { recorder, rows, links } = open_run(resolved, &mut selected, &layout, &holder, progress.as_mut())?;
+    let is_computing = selected.plan.nodes.iter().any(|node| node.verdict != Verdict::Cached);
+    let root = resolved.root.clone();
+    // One waits for git and reads the programs, the other waits for the disk.
+    let (captured, opened) = std::thread::scope(|scope| {
+        let capture = || environment::capture(&root, worker.as_deref(), &hashes);
+        let captured = is_computing.then(|| scope.spawn(capture));
+        let opened = open_run(resolved, &mut selected, &layout, &holder, progress.as_mut());
+        (captured.map_or_else(Captured::default, |thread| thread.join().unwrap_or_default()), opened)
+    });
+    hashes.remember();
+    let Opened { recorder, rows, links } = opened?;
     if let Some(log) = &how.detached {
         detach::tell_parent(log, recorder.run_dir())?;
     }
@@ -256,13 +260,15 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         keep_going: resolved.keep_going,
     };
     let scheduler = Scheduler::new(entries, rules);
+    let (is_written, written) = std::sync::mpsc::channel();
+    let run_dir = recorder.run_dir().to_owned();
     let executor = LocalExecutor::new(worker.unwrap_or_default(), layout.jobs(), holder.host.clone(), reports_in);
     let frozen_cache = resolved.executor.frozen_cache.clone();
     let frozen_cache = frozen_cache.map(|cache| FrozenCache { path: resolved.root.join(&cache.path), ..cache });
     let driver = Driver {
         plan,
         store: &store,
-        root: resolved.root.clone(),
+        root,
         layout: layout.clone(),
         scheduler,
         executor: Box::new(executor),
@@ -273,6 +279,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         frozen_cache,
         environment: captured.environment,
         untold: VecDeque::new(),
+        is_written,
         ignores_hangup: how.detached.is_some(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -280,7 +287,13 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         .max_blocking_threads(MOST_COMMANDS)
         .build()
         .context("cannot start a runtime")?;
-    let driven = runtime.block_on(driver.drive());
+    let has_report = plan.nodes.len() <= MAX_REPORTED_NODES;
+    let report = || write_report(&run_dir, &layout);
+    let (driven, report) = std::thread::scope(|scope| {
+        let report = scope.spawn(move || written.recv().ok().filter(|()| has_report).and_then(|()| report()));
+        let driven = runtime.block_on(driver.drive());
+        (driven, report.join().unwrap_or_default())
+    });
     // A run that cannot go on does not wait for commands: they are found by the next.
     runtime.shutdown_background();
     let (result, _, recorder) = driven?;
@@ -291,13 +304,10 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
     }
     store.save_memory();
     changed_results(&selected, &store).iter().for_each(|line| progress.note(line));
-    let report = match selected.plan.nodes.len() {
-        0..=MAX_REPORTED_NODES => write_report(recorder.run_dir(), &store),
-        num => {
-            progress.note(&format!("a report of {} takes long: `deepgen report` makes it", count(num, "node")));
-            None
-        }
-    };
+    if !has_report {
+        let num = count(selected.plan.nodes.len(), "node");
+        progress.note(&format!("a report of {num} takes long: `deepgen report` makes it"));
+    }
     let mut summary = summarise(&RunIndex::of(&selected.plan), recorder.view(), &store, recorder.run_dir());
     summary.seconds = now_ms().saturating_sub(begun_ms) as f64 / 1000.0;
     summary.report = report;
@@ -313,8 +323,8 @@ fn artifacts_of(resolved: &Resolved, how: &How) -> Result<Layout> {
 }
 
 /// Writes the report of a run and returns its path; a report that cannot be written does not spoil the run.
-fn write_report(run_dir: &Path, store: &ArtifactStore) -> Option<PathBuf> {
-    match crate::report::write(run_dir, store) {
+fn write_report(run_dir: &Path, layout: &Layout) -> Option<PathBuf> {
+    match crate::report::write(run_dir, &ArtifactStore::open(layout.clone())) {
         Ok(path) => Some(path),
         Err(error) => {
             tracing::warn!(%error, "the report could not be written; `deepgen report` tries again");

@@ -18,7 +18,7 @@ use super::opening::plan_identity;
 use super::selection::{Selected, Selection};
 use crate::plan::{Costs, ExternalFiles, Known, PlannedNode, Verdict, render};
 use crate::spec::{self, BUILT_IN, PAPER_PROFILE, Resolved};
-use crate::store::external::{Stamp, write_atomically_with};
+use crate::store::external::{Stamp, write_memory};
 use crate::store::{ArtifactStore, FileHashes, Layout};
 
 const SETTLED_VERSION: u32 = 1;
@@ -114,7 +114,7 @@ impl Question {
             if let Some(folder) = path.parent() {
                 forget_oldest(folder)?;
             }
-            write_atomically_with(&path, |file| Ok(serde_json::to_writer(file, &settled)?))
+            write_memory(&path, |file| Ok(serde_json::to_writer(file, &settled)?))
         };
         if let Err(error) = write() {
             tracing::debug!(%error, "the settled plan is not remembered");

@@ -71,6 +71,8 @@ pub struct Driver<'a> {
     pub environment: Environment,
     /// Events that are written and not durable yet, each with its line and its time.
     pub untold: VecDeque<(u64, u64, RunEvent)>,
+    /// Who waits for the last line of the journal to be written: it can be read from then on, and becomes durable meanwhile.
+    pub is_written: std::sync::mpsc::Sender<()>,
     /// True when the end of the terminal does not concern the run.
     pub ignores_hangup: bool,
 }
@@ -120,6 +122,8 @@ impl Driver<'_> {
             }
         }
         self.recorder.hurry();
+        // Nobody may care.
+        let _ = self.is_written.send(());
         while !self.recorder.is_durable() {
             let durable = self.recorder.durable().await?;
             self.tell(durable);

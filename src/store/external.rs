@@ -2,10 +2,10 @@
 //!
 //! A file counts as unchanged when its size, modification time and inode are. Knows content, not which node reads it.
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ const HASHED_AT_ONCE: usize = 4 << 20;
 pub struct FileHashes {
     root: PathBuf,
     memory: PathBuf,
-    known: RefCell<Memory>,
+    known: Mutex<Memory>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -64,7 +64,11 @@ impl FileHashes {
             .and_then(|text| serde_json::from_slice::<Memory>(&text).ok())
             .filter(|known| known.version == EXTERNAL_VERSION)
             .unwrap_or_default();
-        Self { root, memory, known: RefCell::new(known) }
+        Self { root, memory, known: Mutex::new(known) }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Memory> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the hash of a file, reading it only when it seems to have changed.
@@ -73,11 +77,11 @@ impl FileHashes {
     /// When it cannot be read.
     pub fn file_hash(&self, path: &Path) -> io::Result<String> {
         let stamp = Stamp::of(&std::fs::metadata(path)?);
-        if let Some(known) = self.known.borrow().files.get(path).filter(|known| known.stamp == stamp) {
+        if let Some(known) = self.known().files.get(path).filter(|known| known.stamp == stamp) {
             return Ok(known.blake3.clone());
         }
         let blake3 = hash_file(path)?;
-        let mut known = self.known.borrow_mut();
+        let mut known = self.known();
         known.files.insert(path.to_owned(), Remembered { stamp, blake3: blake3.clone() });
         known.is_changed = true;
         Ok(blake3)
@@ -95,12 +99,12 @@ impl FileHashes {
     /// # Errors
     /// When it cannot be written.
     pub fn save(&self) -> io::Result<()> {
-        let mut known = self.known.borrow_mut();
+        let mut known = self.known();
         if !known.is_changed {
             return Ok(());
         }
         known.version = EXTERNAL_VERSION;
-        write_atomically(&self.memory, &serde_json::to_vec(&*known)?)?;
+        write_memory(&self.memory, |file| Ok(serde_json::to_writer(file, &*known)?))?;
         known.is_changed = false;
         Ok(())
     }
@@ -187,6 +191,27 @@ pub fn write_atomically(path: &Path, content: &[u8]) -> io::Result<()> {
 /// # Errors
 /// When the file system says no, or `write` does.
 pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    let file = write_beside(path, write)?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    super::journal::sync_parent(path)
+}
+
+/// Writes what can be learnt again, and is checked when it is read: as [`write_atomically_with`] does, but nobody waits for
+/// the disk, and after a loss of power the file may be empty.
+///
+/// # Errors
+/// When the file system says no, or `write` does.
+pub fn write_memory(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> io::Result<()> {
+    write_beside(path, write)?.persist(path).map_err(|error| error.error)?;
+    Ok(())
+}
+
+/// Writes a temporary file into the folder of `path`, which is made if it is missing.
+fn write_beside(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<tempfile::NamedTempFile> {
     let folder = path.parent().ok_or_else(|| io::Error::other("the path has no folder"))?;
     std::fs::create_dir_all(folder)?;
     let mut file = tempfile::Builder::new().prefix(".new-").permissions(readable()).tempfile_in(folder)?;
@@ -194,9 +219,7 @@ pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut dyn Write) -> 
     write(&mut buffered)?;
     buffered.flush()?;
     drop(buffered);
-    file.as_file().sync_all()?;
-    file.persist(path).map_err(|error| error.error)?;
-    super::journal::sync_parent(path)
+    Ok(file)
 }
 
 /// Temporary files are private by default; what we keep may be read by a group.
@@ -240,7 +263,7 @@ mod tests {
 
         let again = FileHashes::open(dir.path().to_owned(), memory);
         assert_eq!(again.content_hash("set").unwrap(), before);
-        assert!(!again.known.borrow().is_changed, "nothing was read again");
+        assert!(!again.known().is_changed, "nothing was read again");
         std::fs::write(dir.path().join("set/a.txt"), "other").unwrap();
         assert_ne!(again.content_hash("set").unwrap(), before);
         std::fs::rename(dir.path().join("set/a.txt"), dir.path().join("set/b.txt")).unwrap();

@@ -14,7 +14,7 @@ use deepgen_contract::artifact::{MANIFEST_FILE, Manifest};
 use deepgen_contract::id::{Fingerprint, NodeName};
 use serde::{Deserialize, Serialize};
 
-use super::external::{Stamp, write_atomically_with};
+use super::external::{Stamp, write_memory};
 
 const SEALED_VERSION: u32 = 1;
 
@@ -118,7 +118,7 @@ impl SealedMemory {
         }
         known.version = SEALED_VERSION;
         known.results.retain(|fingerprint, _| is_there(fingerprint));
-        write_atomically_with(&self.file, |file| Ok(serde_json::to_writer(file, &*known)?))?;
+        write_memory(&self.file, |file| Ok(serde_json::to_writer(file, &*known)?))?;
         known.is_changed = false;
         Ok(())
     }
