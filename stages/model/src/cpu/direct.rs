@@ -218,7 +218,7 @@ impl Plan {
             let (sample, band, piece) = (i / pieces / bands, i / pieces % bands, i % pieces);
             let outputs = piece * per_piece..o.min((piece + 1) * per_piece);
             let row = band * self.rows;
-            let sums_len = outputs.len() * self.kind.per_tile() * self.kind.len;
+            let sums_len = outputs.len() * self.kind.per_group() * self.kind.len;
             with_scratch(planes_len + sums_len, |scratch| {
                 let (planes, sums) = scratch.split_at_mut(planes_len);
                 for (channel, planes) in planes.chunks_exact_mut(self.taps.plane).take(c).enumerate() {
@@ -236,7 +236,7 @@ impl Plan {
                     has_whole_vectors: self.has_whole_vectors(),
                 };
                 let vectors = if row + self.rows <= h { &full } else { &last };
-                vectors.chunks(self.kind.per_tile()).for_each(|vectors| band.sum(vectors, sums));
+                vectors.chunks(self.kind.per_group()).for_each(|vectors| band.sum(vectors, sums));
             });
         });
         out

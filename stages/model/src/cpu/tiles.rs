@@ -1,8 +1,9 @@
 //! The part of a 3x3 convolution that computes: a tile, vectors of pixels of several output channels, stays in registers over the
 //! taps of a block of input channels.
 //!
-//! A tile's vectors are taken through all output channels, a block of input channels at a time, which stays in the first-level
-//! cache meanwhile. Knows neither rows nor padding: `direct` says where vectors and taps lie.
+//! The tiles of a group are taken through all output channels, a block of input channels at a time: its pixels and the weights of
+//! one tile stay in the first-level cache meanwhile, and weights that the second level does not hold are read once a group. Knows
+//! neither rows nor padding: `direct` says where vectors and taps lie.
 
 // Sums in registers are written as index loops over small constant ranges, which unroll completely.
 #![allow(clippy::needless_range_loop)]
@@ -20,8 +21,10 @@ use super::{for_chunks, unwritten};
 pub(super) const CHANNELS: usize = 6;
 /// Vectors of pixels of a tile at most.
 const MOST_VECTORS: usize = 4;
-/// Input channels of a block, times the vectors of a tile: about 16 KiB of input.
-const BLOCK_VECTORS: usize = 64;
+/// Input channels of a block: with [`GROUP_PIXELS`], about 13 KiB of input and 3.5 KiB of a tile's weights.
+const BLOCK_CHANNELS: usize = 16;
+/// Pixels of a group of tiles: one tile of the longest vectors, several of others.
+const GROUP_PIXELS: usize = MOST_VECTORS * LONGEST;
 
 /// What this processor's vectors are like.
 #[derive(Clone, Copy)]
@@ -48,6 +51,11 @@ impl Vectors {
     /// Vectors of pixels of a tile: with [`CHANNELS`], 24 sums in 32 registers or 12 in 16.
     pub(super) fn per_tile(self) -> usize {
         if self.registers >= 32 { MOST_VECTORS } else { MOST_VECTORS / 2 }
+    }
+
+    /// Vectors of pixels of a group of tiles.
+    pub(super) fn per_group(self) -> usize {
+        self.per_tile() * (GROUP_PIXELS / (self.per_tile() * self.len)).max(1)
     }
 }
 
@@ -134,58 +142,63 @@ pub(super) struct Band<'a> {
 }
 
 impl Band<'_> {
-    /// Computes a tile's vectors of all output channels; `sums` has room for [outputs, vectors, elements of a vector].
+    /// Computes a group's vectors of all output channels; `sums` has room for [tiles, outputs, vectors of a tile, elements of a
+    /// vector].
     pub(super) fn sum(&self, vectors: &[Vector], sums: &mut [f32]) {
         let &Self { kind, taps, layer: Layer { c, weight, bias, is_bias_last }, planes, out, pixels, .. } = self;
         let furthest_tap = taps.offsets.iter().max().map_or(0, |offset| offset + LONGEST);
         let furthest = taps.plane * (c - 1) + furthest_tap;
         assert!(vectors.iter().all(|vector| vector.start + furthest <= planes.len()), "a tap outside of the input");
-        let per_channel = vectors.len() * kind.len;
         let is_whole = self.has_whole_vectors;
         let weights = taps.offsets.len() * CHANNELS;
-        let block = BLOCK_VECTORS / kind.per_tile();
-        for channel in (0..c).step_by(block) {
-            let num = block.min(c - channel);
+        let per_tile = self.outputs.len() * kind.per_tile() * kind.len;
+        for channel in (0..c).step_by(BLOCK_CHANNELS) {
+            let num = BLOCK_CHANNELS.min(c - channel);
             let (is_first, is_last) = (channel == 0, channel + num == c);
             for first in self.outputs.clone().step_by(CHANNELS) {
                 let num_outputs = CHANNELS.min(self.outputs.end - first);
                 let bias = &bias[first..first + num_outputs];
-                let call = Call {
-                    kind,
-                    taps,
-                    pixels,
-                    x: &planes[channel * taps.plane..],
-                    weight: &weight[(first / CHANNELS * c + channel) * weights..][..num * weights],
-                    vectors,
-                    begin: match is_first {
-                        true if is_bias_last => Begin::Zero,
-                        true => Begin::With(bias),
-                        false => Begin::GoOn,
-                    },
-                    end: if is_last && is_bias_last { bias } else { &[] },
-                    // SAFETY: these are pixels of the band.
-                    out: (is_last && is_whole).then(|| unsafe { out.add(first * pixels) }),
-                };
-                let sums = &mut sums[(first - self.outputs.start) * per_channel..][..num_outputs * per_channel];
-                match num_outputs {
-                    1 => call.with_channels::<1>(sums),
-                    2 => call.with_channels::<2>(sums),
-                    3 => call.with_channels::<3>(sums),
-                    4 => call.with_channels::<4>(sums),
-                    5 => call.with_channels::<5>(sums),
-                    _ => call.with_channels::<CHANNELS>(sums),
+                for (vectors, sums) in vectors.chunks(kind.per_tile()).zip(sums.chunks_exact_mut(per_tile)) {
+                    let per_channel = vectors.len() * kind.len;
+                    let call = Call {
+                        kind,
+                        taps,
+                        pixels,
+                        x: &planes[channel * taps.plane..],
+                        weight: &weight[(first / CHANNELS * c + channel) * weights..][..num * weights],
+                        vectors,
+                        begin: match is_first {
+                            true if is_bias_last => Begin::Zero,
+                            true => Begin::With(bias),
+                            false => Begin::GoOn,
+                        },
+                        end: if is_last && is_bias_last { bias } else { &[] },
+                        // SAFETY: these are pixels of the band.
+                        out: (is_last && is_whole).then(|| unsafe { out.add(first * pixels) }),
+                    };
+                    let sums = &mut sums[(first - self.outputs.start) * per_channel..][..num_outputs * per_channel];
+                    match num_outputs {
+                        1 => call.with_channels::<1>(sums),
+                        2 => call.with_channels::<2>(sums),
+                        3 => call.with_channels::<3>(sums),
+                        4 => call.with_channels::<4>(sums),
+                        5 => call.with_channels::<5>(sums),
+                        _ => call.with_channels::<CHANNELS>(sums),
+                    }
                 }
             }
         }
         if is_whole {
             return;
         }
-        for (output, sums) in self.outputs.clone().zip(sums.chunks_exact(per_channel)) {
-            for (sums, vector) in sums.chunks_exact(kind.len).zip(vectors) {
-                for run in &vector.runs {
-                    // SAFETY: these are pixels of the band.
-                    let out = unsafe { std::slice::from_raw_parts_mut(out.add(output * pixels + run.to), run.len) };
-                    run.copy(sums, out);
+        for (vectors, sums) in vectors.chunks(kind.per_tile()).zip(sums.chunks_exact(per_tile)) {
+            for (output, sums) in self.outputs.clone().zip(sums.chunks_exact(vectors.len() * kind.len)) {
+                for (sums, vector) in sums.chunks_exact(kind.len).zip(vectors) {
+                    for run in &vector.runs {
+                        // SAFETY: these are pixels of the band.
+                        let out = unsafe { std::slice::from_raw_parts_mut(out.add(output * pixels + run.to), run.len) };
+                        run.copy(sums, out);
+                    }
                 }
             }
         }
