@@ -42,7 +42,7 @@ pub struct Opened {
     pub recorder: Recorder,
     /// What earlier processes of the run left of its nodes.
     pub rows: BTreeMap<NodeName, NodeRow>,
-    /// Links from its folder to results; those of cached nodes are made.
+    /// Links from its folder to results; none is made yet.
     pub links: Links,
 }
 
@@ -92,9 +92,6 @@ pub fn open_run(
     }
     let is_new = open.is_none();
     let links = Links::of(&selected.plan, &run_dir);
-    for planned in selected.plan.nodes.iter().filter(|planned| planned.verdict == Verdict::Cached) {
-        links.make(&planned.node.name, &planned.fingerprint);
-    }
     let mut recorder = Recorder::open(layout, &run, state)?;
     let now = now_ms();
     recorder.record(std::slice::from_ref(&event), now)?;

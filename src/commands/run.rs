@@ -236,6 +236,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
     });
     hashes.remember();
     let Opened { recorder, rows, links } = opened?;
+    let links = Arc::new(links);
     if let Some(log) = &how.detached {
         detach::tell_parent(log, recorder.run_dir())?;
     }
@@ -274,7 +275,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         executor: Box::new(executor),
         reports,
         recorder,
-        links: Arc::new(links),
+        links: Arc::clone(&links),
         progress: progress.as_mut(),
         frozen_cache,
         environment: captured.environment,
@@ -290,6 +291,10 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
     let has_report = plan.nodes.len() <= MAX_REPORTED_NODES;
     let report = || write_report(&run_dir, &layout);
     let (driven, report) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let cached = plan.nodes.iter().filter(|planned| planned.verdict == Verdict::Cached);
+            cached.for_each(|planned| links.make(&planned.node.name, &planned.fingerprint));
+        });
         let report = scope.spawn(move || written.recv().ok().filter(|()| has_report).and_then(|()| report()));
         let driven = runtime.block_on(driver.drive());
         (driven, report.join().unwrap_or_default())
