@@ -295,6 +295,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
             let cached = plan.nodes.iter().filter(|planned| planned.verdict == Verdict::Cached);
             cached.for_each(|planned| links.make(&planned.node.name, &planned.fingerprint));
         });
+        // The disk takes a while over the last lines; the report need not wait for that.
         let report = scope.spawn(move || written.recv().ok().filter(|()| has_report).and_then(|()| report()));
         let driven = runtime.block_on(driver.drive());
         (driven, report.join().unwrap_or_default())
