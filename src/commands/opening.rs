@@ -30,7 +30,7 @@ use crate::store::lock::Holder;
 use crate::store::runs;
 use crate::store::saved::write_plan;
 use crate::store::state::{NodeRow, State};
-use crate::store::{ArtifactStore, Layout, Links, Recorder, external};
+use crate::store::{ArtifactStore, Layout, Recorder, external};
 
 /// Names of results that were computed again begin with this in the store.
 pub const REPLACED: &str = "replaced-";
@@ -42,8 +42,6 @@ pub struct Opened {
     pub recorder: Recorder,
     /// What earlier processes of the run left of its nodes.
     pub rows: BTreeMap<NodeName, NodeRow>,
-    /// Links from its folder to results; none is made yet.
-    pub links: Links,
 }
 
 /// Opens the newest run of this very plan that was cut short or stopped, or else a new one, and clears the way for
@@ -91,7 +89,6 @@ pub fn open_run(
             .with_context(|| format!("cannot write into {}", run_dir.display()))?;
     }
     let is_new = open.is_none();
-    let links = Links::of(&selected.plan, &run_dir);
     let mut recorder = Recorder::open(layout, &run, state)?;
     let now = now_ms();
     recorder.record(std::slice::from_ref(&event), now)?;
@@ -99,7 +96,7 @@ pub fn open_run(
     progress.run_event(now, &event);
     set_unsure_aside(selected, &rows, layout, progress);
     clear_forced(selected, &rows, layout, is_new)?;
-    Ok(Opened { recorder, rows, links })
+    Ok(Opened { recorder, rows })
 }
 
 /// Reads results that were sealed and whose sealing was not durable yet when the run was cut short: after a loss of

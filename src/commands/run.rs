@@ -30,7 +30,7 @@ use crate::run::scheduler::{Rules, Scheduler};
 use crate::spec::Resolved;
 use crate::store::index::RunIndex;
 use crate::store::lock::{Holder, Lock};
-use crate::store::{ArtifactStore, FileHashes, Layout};
+use crate::store::{ArtifactStore, FileHashes, Layout, Links};
 
 /// Nodes up to which every run ends with a new report.
 const MAX_REPORTED_NODES: usize = 2000;
@@ -235,8 +235,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
         (captured.map_or_else(Captured::default, |thread| thread.join().unwrap_or_default()), opened)
     });
     hashes.remember();
-    let Opened { recorder, rows, links } = opened?;
-    let links = Arc::new(links);
+    let Opened { recorder, rows } = opened?;
     if let Some(log) = &how.detached {
         detach::tell_parent(log, recorder.run_dir())?;
     }
@@ -263,6 +262,7 @@ fn execute(resolved: &mut Resolved, how: &How, selection: &Selection, question: 
     let scheduler = Scheduler::new(entries, rules);
     let (is_written, written) = std::sync::mpsc::channel();
     let run_dir = recorder.run_dir().to_owned();
+    let links = Arc::new(Links::of(plan, &run_dir));
     let executor = LocalExecutor::new(worker.unwrap_or_default(), layout.jobs(), holder.host.clone(), reports_in);
     let frozen_cache = resolved.executor.frozen_cache.clone();
     let frozen_cache = frozen_cache.map(|cache| FrozenCache { path: resolved.root.join(&cache.path), ..cache });

@@ -261,9 +261,14 @@ mod tests {
         assert_eq!(hashes.content_hash("missing"), None);
         hashes.save().unwrap();
 
-        let again = FileHashes::open(dir.path().to_owned(), memory);
+        let again = FileHashes::open(dir.path().to_owned(), memory.clone());
         assert_eq!(again.content_hash("set").unwrap(), before);
         assert!(!again.known().is_changed, "nothing was read again");
+        // As a loss of power may leave it.
+        std::fs::write(&memory, "").unwrap();
+        let emptied = FileHashes::open(dir.path().to_owned(), memory);
+        assert_eq!(emptied.content_hash("set").unwrap(), before);
+        assert!(emptied.known().is_changed, "all was read again");
         std::fs::write(dir.path().join("set/a.txt"), "other").unwrap();
         assert_ne!(again.content_hash("set").unwrap(), before);
         std::fs::rename(dir.path().join("set/a.txt"), dir.path().join("set/b.txt")).unwrap();
