@@ -65,7 +65,9 @@ pub struct ArtifactStore {
     layout: Layout,
     /// What manifests say that were read before.
     memory: SealedMemory,
-    /// Newest sealed result of each node; looked up on first use, because only a node that must run asks for it.
+    /// What is known of every sealed result; gathered on first use, because only a plan with something to do asks for it.
+    results: OnceCell<Vec<(Fingerprint, SealedResult)>>,
+    /// The newest of them of each node.
     latest: OnceCell<BTreeMap<NodeName, Fingerprint>>,
     /// What people accepted, by the identity that it stands for; read on first use.
     accepted: OnceCell<BTreeMap<Fingerprint, Fingerprint>>,
@@ -75,7 +77,8 @@ impl ArtifactStore {
     /// Returns the store of an artifacts folder, which need not exist.
     pub fn open(layout: Layout) -> Self {
         let memory = SealedMemory::open(layout.state().join(MEMORY_FILE));
-        Self { layout, memory, latest: OnceCell::new(), accepted: OnceCell::new() }
+        let (results, latest, accepted) = (OnceCell::new(), OnceCell::new(), OnceCell::new());
+        Self { layout, memory, results, latest, accepted }
     }
 
     /// Returns where things lie.
@@ -121,10 +124,12 @@ impl ArtifactStore {
         found
     }
 
-    /// Returns what is known of every sealed result; a folder without a readable manifest is none.
-    pub fn results(&self) -> Vec<(Fingerprint, SealedResult)> {
-        let known = |fingerprint: Fingerprint| Some((fingerprint, self.result(&fingerprint)?));
-        self.fingerprints().into_iter().filter_map(known).collect()
+    /// Returns what was known of every sealed result when this was first asked; a folder without a readable manifest is none.
+    pub fn results(&self) -> &[(Fingerprint, SealedResult)] {
+        self.results.get_or_init(|| {
+            let known = |fingerprint: Fingerprint| Some((fingerprint, self.result(&fingerprint)?));
+            self.fingerprints().into_iter().filter_map(known).collect()
+        })
     }
 
     /// Returns what is known of a sealed result, from memory or from its manifest; its files are not looked at.
@@ -143,7 +148,7 @@ impl ArtifactStore {
 
     /// Lets go of what only planning asks for.
     pub fn end_planning(&mut self) {
-        self.latest = OnceCell::new();
+        (self.results, self.latest) = (OnceCell::new(), OnceCell::new());
     }
 
     /// Writes what was learnt of manifests; a memory that cannot be written costs time and nothing else.
@@ -161,7 +166,7 @@ impl ArtifactStore {
                 let rank = (!result.is_smoke, result.sealed_ms);
                 match latest.get(&result.node) {
                     Some((other, _)) if *other >= rank => {}
-                    _ => drop(latest.insert(result.node, (rank, fingerprint))),
+                    _ => drop(latest.insert(result.node.clone(), (rank, *fingerprint))),
                 }
             }
             latest.into_iter().map(|(node, (_, fingerprint))| (node, fingerprint)).collect()

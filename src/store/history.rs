@@ -9,6 +9,7 @@ use deepgen_contract::id::Fingerprint;
 use deepgen_contract::settings::Settings;
 
 use super::ArtifactStore;
+use super::sealed::SealedResult;
 use crate::plan::{PastJob, PastResult, Work, past_jobs};
 
 /// Newest results of each stage that are looked at: enough to find one with a like amount of work, and soon read.
@@ -16,15 +17,15 @@ const MAX_RESULTS_PER_STAGE: usize = 32;
 
 /// Returns the newest sealed results of each stage whose settings are of this program's types, the newest first.
 pub fn read(store: &ArtifactStore) -> Vec<PastJob> {
-    let mut all = store.results();
+    let mut all: Vec<&(Fingerprint, SealedResult)> = store.results().iter().collect();
     all.sort_by_key(|(fingerprint, result)| (Reverse(result.sealed_ms), *fingerprint));
-    let mut seen: HashMap<String, usize> = HashMap::new();
+    let mut seen: HashMap<&str, usize> = HashMap::new();
     all.retain(|(_, result)| {
-        let seen = seen.entry(result.stage.clone()).or_default();
+        let seen = seen.entry(&result.stage).or_default();
         *seen += 1;
         *seen <= MAX_RESULTS_PER_STAGE
     });
-    past_jobs(all.into_iter().filter_map(|(fingerprint, _)| past_result(store, fingerprint)).collect())
+    past_jobs(all.into_iter().filter_map(|(fingerprint, _)| past_result(store, *fingerprint)).collect())
 }
 
 fn past_result(store: &ArtifactStore, fingerprint: Fingerprint) -> Option<(Fingerprint, PastResult)> {
