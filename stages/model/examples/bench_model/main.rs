@@ -2,7 +2,8 @@
 //! bench-train` is its DiT beside diffusers' transformer.
 //!
 //! Each case is computed by both sides and compared, value and gradients, before it is timed; then the sides take turns, so
-//! that whatever else the machine does falls on both. Prints minimum and median of each side and the ratio of the minima.
+//! that whatever else the machine does falls on both. Prints minimum and median of each side, and of the ratios of
+//! neighbouring turns the median with its 95 % interval: who is faster is known where 1 lies outside it.
 //!
 //! `bench_model [--python PROGRAM] [--modules torch|diffusers] [--threads 1,2] [--seconds S] [--only PART_OF_A_NAME]
 //! [--clock wall|cpu]`
@@ -41,6 +42,11 @@ fn keep_freed_memory() {
 const TOLERANCE: f64 = 1e-4;
 /// The same for gradients of whole models, which sum over thousands of terms.
 const GRADIENT_TOLERANCE: f64 = 1e-3;
+
+/// Turns of each side that are taken at least, however long they are.
+const LEAST_TURNS: usize = 9;
+/// Seconds of a turn at least; a case that takes less is run several times.
+const TURN_SECONDS: f64 = 0.03;
 
 /// Something that is timed.
 type Run = Box<dyn FnMut() + Send>;
@@ -119,8 +125,9 @@ fn main() -> Result<(), Failure> {
         ),
         Err(error) => println!("PyTorch cannot be run, so this times deepgen-model alone: {error}\n"),
     }
-    println!("| case | threads | ours | PyTorch | ratio of minima | largest difference |\n|---|---|---|---|---|---|");
+    println!("| case | threads | ours | PyTorch | ratio [95 %] | largest difference |\n|---|---|---|---|---|---|");
     let mut num_wrong = 0;
+    let mut slower = Vec::new();
     let builders = parts::all().into_iter().chain(whole::all());
     for (name, build) in builders {
         if !name.contains(&options.only) {
@@ -133,8 +140,12 @@ fn main() -> Result<(), Failure> {
         };
         num_wrong += usize::from(difference.as_ref().is_some_and(|(_, is_close)| !is_close));
         for &threads in &options.threads {
-            report(&mut case, threads, peer.as_mut().ok(), &difference, &options)?;
+            slower.extend(report(&mut case, threads, peer.as_mut().ok(), &difference, &options)?);
         }
+    }
+    if peer.is_ok() {
+        println!("\nslower than PyTorch beyond doubt: {}", slower.len());
+        slower.iter().for_each(|line| println!("  {line}"));
     }
     match num_wrong {
         0 => Ok(()),
@@ -186,14 +197,16 @@ fn compare(case: &mut Case, peer: &mut Peer, folder: &Path) -> Result<Option<(St
     Ok(Some((format!("{:.0e} of {num_compared} ({}){verdict}", worst.0, worst.1), is_close)))
 }
 
-/// Times both sides in turns and prints a line for the forward and one for the step.
+/// Times both sides in turns and prints a line for the forward and one for the step; returns those in which this side is
+/// slower beyond doubt.
 fn report(
     case: &mut Case,
     threads: usize,
     mut peer: Option<&mut Peer>,
     difference: &Option<(String, bool)>,
     options: &Options,
-) -> Result<(), Failure> {
+) -> Result<Vec<String>, Failure> {
+    let mut slower = Vec::new();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build()?;
     let sides: [(&str, Option<&mut Run>); 2] = [("forward", case.forward.as_mut()), ("step", Some(&mut case.step))];
     for (what, run) in sides {
@@ -206,35 +219,53 @@ fn report(
             };
             pool.install(|| (0..count).map(once).collect())
         };
+        let mut run_theirs = |count: usize| -> Result<Vec<f64>, Failure> {
+            let Some(peer) = &mut peer else { return Ok(Vec::new()) };
+            let times = peer.time(what, count, threads, options.uses_cpu_clock)?;
+            // PyTorch's idle threads spin for a moment; they should not do so in our time.
+            std::thread::sleep(Duration::from_millis(5));
+            Ok(times)
+        };
         // The first run of each side warms caches and allocators; the second says how many fit into a turn.
         run_ours(1);
         let one = run_ours(1)[0].max(1e-6);
-        if let Some(peer) = &mut peer {
-            peer.time(what, 2, threads, options.uses_cpu_clock)?;
-        }
-        let per_turn = (0.03 / one).ceil().min(200.0) as usize;
-        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        run_theirs(2)?;
+        let per_turn = (TURN_SECONDS / one).ceil().min(200.0) as usize;
+        let (mut ours, mut theirs, mut ratios) = (Vec::new(), Vec::new(), Vec::new());
         let start = Instant::now();
-        while ours.len() < 4 * per_turn || start.elapsed().as_secs_f64() < options.seconds {
-            ours.extend(run_ours(per_turn));
-            if let Some(peer) = &mut peer {
-                theirs.extend(peer.time(what, per_turn, threads, options.uses_cpu_clock)?);
-                // PyTorch's idle threads spin for a moment; they should not do so in our time.
-                std::thread::sleep(Duration::from_millis(5));
-            }
+        while ratios.len() < LEAST_TURNS || start.elapsed().as_secs_f64() < options.seconds {
+            // Each goes first in every other pair: a machine that gets slower does so for both.
+            let is_ours_first = ratios.len() % 2 == 0;
+            let early = if is_ours_first { run_ours(per_turn) } else { Vec::new() };
+            let their_turn = run_theirs(per_turn)?;
+            let our_turn = if is_ours_first { early } else { run_ours(per_turn) };
+            ratios.push(our_turn.iter().sum::<f64>() / their_turn.iter().sum::<f64>());
+            ours.extend(our_turn);
+            theirs.extend(their_turn);
         }
-        let (ours, theirs) = (summary(ours), summary(theirs));
         let cell = |side: Option<(f64, f64)>| {
             side.map_or("-".into(), |(min, median)| format!("{:.3} / {:.3}", min * 1e3, median * 1e3))
         };
-        let ratio = match (ours, theirs) {
-            (Some(ours), Some(theirs)) => format!("{:.2}", ours.0 / theirs.0),
-            _ => "-".into(),
-        };
+        let (ours, theirs) = (summary(ours), summary(theirs));
+        let [low, ratio, high] = median_with_interval(ratios);
+        let text = if theirs.is_some() { format!("{ratio:.2} [{low:.2}, {high:.2}]") } else { "-".into() };
         let difference = difference.as_ref().map_or("-", |(text, _)| text.as_str());
-        println!("| {}, {what} | {threads} | {} | {} | {ratio} | {difference} |", case.name, cell(ours), cell(theirs));
+        println!("| {}, {what} | {threads} | {} | {} | {text} | {difference} |", case.name, cell(ours), cell(theirs));
+        if theirs.is_some() && low > 1.0 {
+            slower.push(format!("{}, {what}, {threads} thread(s): {text}", case.name));
+        }
     }
-    Ok(())
+    Ok(slower)
+}
+
+/// Returns the median and the ends of its 95 % interval, which are two of the values: no distribution is assumed, and ranks
+/// are those of the normal approximation to the binomial, which for the least number of turns is exact.
+fn median_with_interval(mut values: Vec<f64>) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    let num = values.len() as f64;
+    let half_width = 1.96 * num.sqrt() / 2.0;
+    let at_rank = |rank: f64| values[(rank.round().clamp(1.0, num) as usize) - 1];
+    [at_rank(num / 2.0 - half_width), values[values.len() / 2], at_rank(num / 2.0 + 1.0 + half_width)]
 }
 
 /// Seconds of the wall's clock or of this process's processor time.
