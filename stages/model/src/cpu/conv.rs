@@ -5,7 +5,7 @@
 
 use burn::backend::flex::FlexTensor;
 
-use super::linear::{Matrix, matmul};
+use super::linear::{Begin, Matrix, matmul};
 use super::simd::{kernel, sum};
 use super::{HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values, with_scratch};
 
@@ -112,14 +112,14 @@ impl Sizes {
         }
         let weight = Matrix::rows(weight, taps);
         if self.is_pointwise() {
-            return matmul([self.o, taps, pixels], weight, Matrix::rows(x, pixels), (out, pixels), true, false);
+            return matmul([self.o, taps, pixels], weight, Matrix::rows(x, pixels), (out, pixels), Begin::GoOn, false);
         }
         self.for_bands(|first, rows| {
             let width = rows * self.out_w;
             with_scratch(taps * width, |band| {
                 unfold(self, x, first, rows, band);
                 let out = &mut out[first * self.out_w..];
-                matmul([self.o, taps, width], weight, Matrix::rows(band, width), (out, pixels), true, false);
+                matmul([self.o, taps, width], weight, Matrix::rows(band, width), (out, pixels), Begin::GoOn, false);
             });
         });
     }
@@ -128,13 +128,20 @@ impl Sizes {
         let (taps, pixels) = (self.taps(), self.out_h * self.out_w);
         let weight = Matrix::rows(weight, taps).transposed();
         if self.is_pointwise() {
-            return matmul([taps, self.o, pixels], weight, Matrix::rows(grad, pixels), (d_x, pixels), false, false);
+            return matmul(
+                [taps, self.o, pixels],
+                weight,
+                Matrix::rows(grad, pixels),
+                (d_x, pixels),
+                Begin::Zero,
+                false,
+            );
         }
         self.for_bands(|first, rows| {
             let width = rows * self.out_w;
             with_scratch(taps * width, |band| {
                 let grad = Matrix { values: &grad[first * self.out_w..], row: pixels, column: 1 };
-                matmul([taps, self.o, width], weight, grad, (band, width), false, false);
+                matmul([taps, self.o, width], weight, grad, (band, width), Begin::Zero, false);
                 fold(self, band, first, rows, d_x);
             });
         });
@@ -144,7 +151,7 @@ impl Sizes {
         let (taps, pixels) = (self.taps(), self.out_h * self.out_w);
         if self.is_pointwise() {
             let x = Matrix::rows(x, pixels).transposed();
-            return matmul([self.o, pixels, taps], Matrix::rows(grad, pixels), x, (d_weight, taps), true, false);
+            return matmul([self.o, pixels, taps], Matrix::rows(grad, pixels), x, (d_weight, taps), Begin::GoOn, false);
         }
         self.for_bands(|first, rows| {
             let width = rows * self.out_w;
@@ -152,7 +159,7 @@ impl Sizes {
                 unfold(self, x, first, rows, band);
                 let grad = Matrix { values: &grad[first * self.out_w..], row: pixels, column: 1 };
                 let band = Matrix::rows(band, width).transposed();
-                matmul([self.o, width, taps], grad, band, (d_weight, taps), true, false);
+                matmul([self.o, width, taps], grad, band, (d_weight, taps), Begin::GoOn, false);
             });
         });
     }

@@ -1,5 +1,7 @@
 //! Linear layer: matrix product with the bias folded in, and its three gradients.
 
+use std::ops::Range;
+
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -41,42 +43,57 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// out (+)= a b for a [m, k] and b [k, n]; `out` has rows `out_row` apart.
+/// What the elements of a product begin with.
+#[derive(Clone, Copy)]
+pub(super) enum Begin<'a> {
+    Zero,
+    /// What stands there.
+    GoOn,
+    /// A number for each column.
+    With(&'a [f32]),
+}
+
+/// out = begin + a b for a [m, k] and b [k, n]; `out` has rows `out_row` apart.
 pub(super) fn matmul(
     [m, k, n]: [usize; 3],
     a: Matrix,
     b: Matrix,
     (out, out_row): (&mut [f32], usize),
-    accumulates: bool,
+    begin: Begin,
     is_parallel: bool,
 ) {
     if m == 0 || n == 0 {
         return;
     }
     assert!(a.holds(m, k) && b.holds(k, n) && (m - 1) * out_row + n <= out.len(), "matrix outside its array");
+    let shared = Shared::new(out);
+    let band = |rows: Range<usize>, columns: Range<usize>| {
+        let b = b.transposed().below(columns.start).transposed();
+        // SAFETY: bands of matrices inside their slices lie there too, and no other thread has these rows and columns.
+        unsafe {
+            let out = shared.from(rows.start * out_row + columns.start);
+            if let Begin::With(begin) = begin {
+                let begin = &begin[columns.clone()];
+                (0..rows.len())
+                    .for_each(|i| out.add(i * out_row).copy_from_nonoverlapping(begin.as_ptr(), begin.len()));
+            }
+            let size = [rows.len(), k, columns.len()];
+            product(size, a.below(rows.start), b, (out, out_row), !matches!(begin, Begin::Zero));
+        }
+    };
     if !is_parallel || m * n * k < PARALLEL_PRODUCTS {
-        // SAFETY: just checked.
-        return unsafe { product([m, k, n], a, b, (out.as_mut_ptr(), out_row), accumulates) };
+        return band(0..m, 0..n);
     }
-    if b.column != 1 {
-        // Bands of columns: to order the columns of b for the product costs most here, and each thread then does it for its own.
-        let columns = n.div_ceil(rayon::current_num_threads()).next_multiple_of(BAND_ROWS);
-        let shared = Shared::new(out);
-        return (0..n.div_ceil(columns)).into_par_iter().for_each(|i| {
-            let first = i * columns;
-            let b = b.transposed().below(first).transposed();
-            // SAFETY: bands of columns of matrices inside their slices lie there too, and no other thread has these.
-            unsafe { product([m, k, columns.min(n - first)], a, b, (shared.from(first), out_row), accumulates) };
-        });
+    // Either way an element is summed in the same order, however many bands there are.
+    let width = |all: usize| all.div_ceil(rayon::current_num_threads()).next_multiple_of(BAND_ROWS);
+    if b.column == 1 {
+        let rows = width(m);
+        (0..m.div_ceil(rows)).into_par_iter().for_each(|i| band(i * rows..m.min((i + 1) * rows), 0..n));
+    } else {
+        // To order the columns of b for the product costs most here, and each thread then does it for its own.
+        let columns = width(n);
+        (0..n.div_ceil(columns)).into_par_iter().for_each(|i| band(0..m, i * columns..n.min((i + 1) * columns)));
     }
-    // Bands of rows. Either way an element is summed in the same order, however many bands there are.
-    let rows = m.div_ceil(rayon::current_num_threads()).next_multiple_of(BAND_ROWS);
-    out.par_chunks_mut(rows * out_row).enumerate().for_each(|(i, out)| {
-        let first = i * rows;
-        let a = Matrix { values: &a.values[first * a.row..], ..a };
-        // SAFETY: bands of rows of matrices inside their slices lie there too.
-        unsafe { product([rows.min(m - first), k, n], a, b, (out.as_mut_ptr(), out_row), accumulates) };
-    });
 }
 
 /// [`matmul`] on one thread.
@@ -222,12 +239,16 @@ pub(super) fn forward(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTen
         let out = forward_few(x_values, values(weight), bias.map(values), [rows, inputs, outputs]);
         return array(out, &shape);
     }
-    let mut out = match bias {
-        Some(bias) => values(bias).repeat(rows),
-        None => unwritten(rows * outputs),
-    };
+    let mut out = unwritten(rows * outputs);
     let (a, b) = (Matrix::rows(x_values, inputs), Matrix::rows(values(weight), inputs).transposed());
-    matmul([rows, inputs, outputs], a, b, (&mut out, outputs), bias.is_some(), true);
+    matmul(
+        [rows, inputs, outputs],
+        a,
+        b,
+        (&mut out, outputs),
+        bias.map_or(Begin::Zero, |bias| Begin::With(values(bias))),
+        true,
+    );
     array(out, &shape)
 }
 
@@ -247,13 +268,13 @@ pub(super) fn backward(
         }
         let mut out = unwritten(x_values.len());
         let weight = Matrix::rows(values(weight), inputs);
-        matmul([rows, outputs, inputs], grad, weight, (&mut out, inputs), false, true);
+        matmul([rows, outputs, inputs], grad, weight, (&mut out, inputs), Begin::Zero, true);
         array(out, dims(x))
     });
     let d_weight = needs[1].then(|| {
         let mut out = unwritten(outputs * inputs);
         let x = Matrix::rows(x_values, inputs);
-        matmul([outputs, rows, inputs], grad.transposed(), x, (&mut out, inputs), false, true);
+        matmul([outputs, rows, inputs], grad.transposed(), x, (&mut out, inputs), Begin::Zero, true);
         array(out, dims(weight))
     });
     [d_x, d_weight]
@@ -315,13 +336,13 @@ mod tests {
         let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
         let (a, b) = (draw("a", m * k), draw("b", k * n));
         for b in [Matrix::rows(&b, n), Matrix::rows(&b, k).transposed()] {
-            let with = |threads: usize| {
+            let with = |threads: usize, begin: Begin| {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
                 let mut out = vec![1.0; m * n];
-                pool.install(|| matmul([m, k, n], Matrix::rows(&a, k), b, (&mut out, n), true, true));
+                pool.install(|| matmul([m, k, n], Matrix::rows(&a, k), b, (&mut out, n), begin, true));
                 out
             };
-            let one = with(1);
+            let one = with(1, Begin::GoOn);
             let sum = |row: usize, column: usize| {
                 let product = |i: usize| f64::from(a[row * k + i]) * f64::from(b.values[i * b.row + column * b.column]);
                 1.0 + (0..k).map(product).sum::<f64>()
@@ -330,8 +351,9 @@ mod tests {
                 // 530 roundings of terms whose sum is of the order of 23.
                 assert!((f64::from(one[row * n + column]) - sum(row, column)).abs() < 1e-4);
             }
-            for threads in [2, 3, 5] {
-                assert!(with(threads) == one);
+            let ones = vec![1.0; n];
+            for threads in [1, 2, 3, 5] {
+                assert!(with(threads, Begin::GoOn) == one && with(threads, Begin::With(&ones)) == one);
             }
         }
     }
