@@ -5,9 +5,11 @@
 
 use burn::backend::flex::FlexTensor;
 
-use super::linear::{Begin, Matrix, matmul};
+use super::linear::{Matrix, matmul};
 use super::simd::{kernel, sum};
-use super::{HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values, with_scratch};
+use super::{
+    Begin, HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values, with_scratch,
+};
 
 /// Elements of an unfolded band: small enough to stay in a core's cache.
 const BAND_ELEMENTS: usize = 1 << 16;

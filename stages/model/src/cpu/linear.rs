@@ -6,7 +6,7 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::simd::{kernel, sum};
-use super::{HostOp, PARALLEL_ELEMENTS, Shared, array, dims, map_range, unwritten, values};
+use super::{Begin, HostOp, PARALLEL_ELEMENTS, Shared, array, dims, map_range, unwritten, values};
 
 /// Rows or columns of a band are a multiple of this, so that full vectors are filled.
 const BAND_ROWS: usize = 16;
@@ -43,17 +43,7 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// What the elements of a product begin with.
-#[derive(Clone, Copy)]
-pub(super) enum Begin<'a> {
-    Zero,
-    /// What stands there.
-    GoOn,
-    /// A number for each column.
-    With(&'a [f32]),
-}
-
-/// out = begin + a b for a [m, k] and b [k, n]; `out` has rows `out_row` apart.
+/// out = begin + a b for a [m, k] and b [k, n], whose columns are the outputs; `out` has rows `out_row` apart.
 pub(super) fn matmul(
     [m, k, n]: [usize; 3],
     a: Matrix,

@@ -227,6 +227,16 @@ fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     result
 }
 
+/// What sums begin with.
+#[derive(Clone, Copy)]
+enum Begin<'a> {
+    Zero,
+    /// A number for each output: a column of a product, a channel of a convolution.
+    With(&'a [f32]),
+    /// What stands there.
+    GoOn,
+}
+
 /// An array that several threads write, each its own elements.
 #[derive(Clone, Copy)]
 struct Shared<'a>(*mut f32, PhantomData<&'a mut [f32]>);

@@ -15,7 +15,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::direct::TAPS;
 use super::planes::LONGEST;
-use super::{for_chunks, unwritten};
+use super::{Begin, for_chunks, unwritten};
 
 /// Output channels of a tile.
 pub(super) const CHANNELS: usize = 6;
@@ -203,15 +203,6 @@ impl Band<'_> {
             }
         }
     }
-}
-
-/// What the sums of a tile begin with.
-enum Begin<'a> {
-    Zero,
-    /// A number for each output channel.
-    With(&'a [f32]),
-    /// The sums of the input channels before.
-    GoOn,
 }
 
 /// One tile and some input channels, those of `weight`: adds to some vectors of some output channels.
