@@ -7,10 +7,11 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use deepgen_contract::id::NodeName;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -21,9 +22,13 @@ use super::runs::RunView;
 use super::state::{NodeRow, RunRow, State, StateError, node_row, run_row};
 use crate::run::event::RunEvent;
 
-/// Time that lines wait for others to become durable with them, unless somebody waits. Only what is shown waits for it;
-/// each sync makes the file system write all the folders anew that have changed, so many of them slow down a run of short nodes.
-const GROUP_TIME: Duration = Duration::from_millis(200);
+/// Least and most time that lines wait for others to become durable with them, unless somebody waits. Only what is shown
+/// waits for it.
+const GROUP_TIME: RangeInclusive<Duration> = Duration::from_millis(200)..=Duration::from_millis(500);
+
+/// How many times as long as making a group durable took the next one waits: each sync makes the file system write all the
+/// folders anew that have changed, and holds up whoever makes files meanwhile.
+const GROUP_PACE: u32 = 20;
 
 /// Most lines of one write: a run of ten thousand nodes begins with as many.
 const MOST_LINES: usize = 512;
@@ -69,7 +74,7 @@ impl Recorder {
             let removed = stored.into_keys().filter(|node| !rows.contains_key(node)).map(|node| (node, None));
             let removed: Vec<_> = removed.collect();
             let kept = rows.into_iter().map(|(node, row)| (node, Some(row)));
-            state.apply(run, &row, &removed.into_iter().chain(kept).collect::<Vec<_>>())?;
+            state.apply(run, &row, removed.into_iter().chain(kept))?;
         }
         let queue = Arc::new(Queue::default());
         let (told, durable) = unbounded_channel();
@@ -187,8 +192,11 @@ struct Group {
 
 impl Group {
     fn serve(self) {
-        while let Some(lines) = self.queue.next() {
+        let mut wait = *GROUP_TIME.start();
+        while let Some(lines) = self.queue.next(wait) {
+            let begun = Instant::now();
             let made = self.make_durable(lines);
+            wait = pace(begun.elapsed());
             let is_broken = made.is_err();
             // Whoever waits hears why.
             let _ = self.told.send(made);
@@ -205,10 +213,14 @@ impl Group {
             rustix::fs::syncfs(&self.results).map_err(|error| io(error.into()))?;
         }
         self.file.sync_data().map_err(io)?;
-        let nodes: BTreeMap<_, _> = lines.nodes.into_iter().collect();
-        self.state.apply(&self.run, &lines.row, &nodes.into_iter().collect::<Vec<_>>())?;
+        self.state.apply(&self.run, &lines.row, lines.nodes)?;
         Ok(lines.seq)
     }
+}
+
+/// Returns how long a group waits for more lines when the last took `cost` to become durable.
+fn pace(cost: Duration) -> Duration {
+    cost.saturating_mul(GROUP_PACE).clamp(*GROUP_TIME.start(), *GROUP_TIME.end())
 }
 
 /// Lines that become durable together.
@@ -218,8 +230,8 @@ struct Lines {
     seq: u64,
     /// The run after it.
     row: RunRow,
-    /// The nodes they speak of; of one that stands twice the last row counts.
-    nodes: Vec<(NodeName, Option<NodeRow>)>,
+    /// The nodes they speak of, each as the last line left it.
+    nodes: BTreeMap<NodeName, Option<NodeRow>>,
     /// True when results were sealed.
     has_results: bool,
 }
@@ -255,7 +267,7 @@ impl Queue {
                 lines.has_results |= has_results;
             }
             none => {
-                *none = Some(Lines { seq, row, nodes, has_results });
+                *none = Some(Lines { seq, row, nodes: nodes.into_iter().collect(), has_results });
                 self.changed.notify_one();
             }
         }
@@ -272,15 +284,45 @@ impl Queue {
         self.changed.notify_one();
     }
 
-    /// Waits for the first line, then for others until their time is over or somebody waits for them; nothing when no
-    /// more will come.
-    fn next(&self) -> Option<Lines> {
+    /// Waits for the first line, then for others until the time to `wait` is over or somebody waits for them; nothing when
+    /// no more will come.
+    fn next(&self, wait: Duration) -> Option<Lines> {
         let is_idle = |waiting: &mut Waiting| waiting.lines.is_none() && !waiting.is_closed;
         let waiting = self.changed.wait_while(self.lock(), is_idle).unwrap_or_else(PoisonError::into_inner);
         let may_wait = |waiting: &mut Waiting| !waiting.is_urgent && !waiting.is_closed;
-        let waited = self.changed.wait_timeout_while(waiting, GROUP_TIME, may_wait);
+        let waited = self.changed.wait_timeout_while(waiting, wait, may_wait);
         let mut waiting = waited.unwrap_or_else(PoisonError::into_inner).0;
         waiting.is_urgent = false;
         waiting.lines.take()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_group_waits_in_proportion_to_what_the_last_one_cost() {
+        let ms = Duration::from_millis;
+        assert_eq!(pace(Duration::ZERO), ms(200), "it is shown soon where the disk is quick");
+        assert_eq!(pace(ms(15)), ms(300));
+        assert_eq!(pace(Duration::from_secs(30)), ms(500), "it is shown at all where the disk is slow");
+        assert_eq!(pace(Duration::MAX), ms(500));
+    }
+
+    #[test]
+    fn lines_wait_for_others_unless_somebody_waits_for_them() {
+        let (queue, row) = (Queue::default(), run_row(&RunView::default()));
+        queue.add(1, row.clone(), Vec::new(), true);
+        queue.add(2, row.clone(), Vec::new(), false);
+        queue.hurry();
+        let lines = queue.next(Duration::from_secs(3600)).unwrap();
+        assert_eq!((lines.seq, lines.has_results), (2, true));
+        queue.add(3, row, Vec::new(), false);
+        let begun = Instant::now();
+        assert_eq!(queue.next(Duration::from_millis(20)).unwrap().seq, 3);
+        assert!(begun.elapsed() >= Duration::from_millis(20), "what was asked for is forgotten");
+        queue.close();
+        assert!(queue.next(Duration::from_secs(3600)).is_none());
     }
 }

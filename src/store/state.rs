@@ -37,7 +37,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// State of a node whose result was there before the run.
 const CACHED: NodeState = NodeState::Done { origin: Origin::Cached };
 /// Most rows of one transaction: sled keeps every version of a page that a transaction makes until it ends.
-const MOST_ROWS: usize = 256;
+const MOST_ROWS: usize = 16;
 
 /// State that cannot be opened or written.
 #[derive(Debug, thiserror::Error)]
@@ -220,26 +220,35 @@ impl State {
     ///
     /// # Errors
     /// When the database cannot be written or is damaged.
-    pub fn apply(&self, run: &str, row: &RunRow, nodes: &[(NodeName, Option<NodeRow>)]) -> Result<(), StateError> {
+    pub fn apply(
+        &self,
+        run: &str,
+        row: &RunRow,
+        nodes: impl IntoIterator<Item = (NodeName, Option<NodeRow>)>,
+    ) -> Result<(), StateError> {
         let encode = |source| StateError::Row { path: self.path.clone(), source };
         let has_ended = row.has_ended();
         let row = serde_json::to_vec(row).map_err(encode)?;
-        let mut rows = Vec::with_capacity(nodes.len());
-        for (node, row) in nodes.iter().filter(|_| !has_ended) {
+        let nodes = nodes.into_iter().filter(|_| !has_ended).map(|(node, row)| {
             let row = row.as_ref().map(serde_json::to_vec).transpose().map_err(encode)?;
-            rows.push((node_key(run, node), row));
-        }
-        guarded(&self.path, || {
-            for rows in rows.chunks(MOST_ROWS) {
+            Ok((node_key(run, &node), row))
+        });
+        let mut nodes = nodes.peekable();
+        while nodes.peek().is_some() {
+            // A few at a time: of ten thousand there is never a list.
+            let rows = nodes.by_ref().take(MOST_ROWS).collect::<Result<Vec<_>, StateError>>()?;
+            guarded(&self.path, || {
                 let mut batch = sled::Batch::default();
                 for (key, row) in rows {
                     match row {
-                        Some(row) => batch.insert(key.as_slice(), row.as_slice()),
-                        None => batch.remove(key.as_slice()),
+                        Some(row) => batch.insert(key, row),
+                        None => batch.remove(key),
                     }
                 }
-                self.nodes.apply_batch(batch).map_err(|source| self.database(source))?;
-            }
+                self.nodes.apply_batch(batch).map_err(|source| self.database(source))
+            })?;
+        }
+        guarded(&self.path, || {
             self.runs.insert(run.as_bytes(), row.as_slice()).map_err(|source| self.database(source))?;
             if has_ended {
                 self.remove_run(run)?;
@@ -323,7 +332,7 @@ impl State {
     fn rebuild_run(&self, layout: &Layout, run: &str) -> Result<(), StateError> {
         let view = RunView::read(&layout.run(run))?;
         let rows = view.nodes.keys().map(|node| (node.clone(), node_row(&view, node)));
-        self.apply(run, &run_row(&view), &rows.collect::<Vec<_>>())
+        self.apply(run, &run_row(&view), rows)
     }
 
     fn decode<'a, T: Deserialize<'a>>(&self, value: &'a [u8]) -> Result<T, StateError> {
