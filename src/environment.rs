@@ -44,7 +44,9 @@ pub fn capture(root: &Path, worker: Option<&Path>, hashes: &FileHashes) -> Captu
     let system = System::new_with_specifics(RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()));
     let hash = |file: Option<&Path>| file.and_then(|file| hashes.file_hash(file).ok()).unwrap_or_default();
     let own = std::env::current_exe().ok();
-    let changes = changes(root);
+    let commit = git(root, &["rev-parse", "HEAD"]).map(|commit| text(&commit)).filter(|commit| !commit.is_empty());
+    // Without a commit there is nothing to compare with.
+    let changes = commit.as_ref().and_then(|_| changes(root));
     let environment = Environment {
         host: host(),
         os: System::long_os_version().unwrap_or_default(),
@@ -56,7 +58,7 @@ pub fn capture(root: &Path, worker: Option<&Path>, hashes: &FileHashes) -> Captu
         deepgen_version: env!("CARGO_PKG_VERSION").into(),
         deepgen_blake3: hash(own.as_deref()),
         worker_blake3: hash(worker),
-        git_commit: git(root, &["rev-parse", "HEAD"]).map(|commit| text(&commit)).filter(|commit| !commit.is_empty()),
+        git_commit: commit,
         git_dirty: changes.is_some(),
         git_diff_blake3: changes.as_ref().map(|changes| blake3::hash(changes).to_hex().to_string()),
         lock_blake3: blake3::hash(LOCK_FILE).to_hex().to_string(),
