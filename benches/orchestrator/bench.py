@@ -6,6 +6,7 @@ inodes again for minutes after a removal (ext4 without a journal: up to six) wou
 An invocation soon after another one suffers from it all the same. What was written before a repetition, such as by a build, is on
 the disk before it begins.
 
+Tools take turns, and every other repetition in the opposite order; a ratio compares two tools in the same repetition.
 Steps per repetition: cold run, warm run, plan, late input changed + plan + run, first input changed + run.
 Each line of the output is one step: wall seconds, peak RSS (MiB, largest single process), exit status, sink right or not.
 """
@@ -47,18 +48,47 @@ def installed(name, bins):
 
 
 def ratios(rows):
-    """Wall time of each step over that of the same step of make, at each size."""
-    wall = {}
-    for r in rows:
-        if r["wall"] is not None:
-            wall.setdefault((r["n"], r["tool"], r["step"]), []).append(r["wall"])
+    """Wall time of each step over that of make in the same repetition: the median, and of a cold run the lowest and highest."""
+    wall = {(r["n"], r["tool"], r["rep"], r["step"]): r["wall"] for r in rows if r["wall"] is not None}
+    cells = {}
+    for (n, tool, rep, step), seconds in wall.items():
+        base = wall.get((n, "make", rep, step))
+        if base and tool != "make":
+            cells.setdefault((n, tool), {}).setdefault(step, []).append(seconds / base)
     print()
-    for n, tool in dict.fromkeys((n, tool) for n, tool, _ in wall):
-        base = {s: st.median(w) for (m, t, s), w in wall.items() if (m, t) == (n, "make")}
-        mine = {s: st.median(w) for (m, t, s), w in wall.items() if (m, t) == (n, tool)}
-        cell = [f"{s} {mine[s] / base[s]:.2f}" for s in mine if base.get(s)]
-        if cell and tool != "make":
-            print(f"{tool} {n} over make |", " | ".join(cell))
+    for (n, tool), steps in cells.items():
+        span = lambda s, r: f" [{min(r):.2f}, {max(r):.2f}]" if s == "cold" and len(r) > 1 else ""
+        print(f"{tool} {n} over make |", " | ".join(f"{s} {st.median(r):.2f}{span(s, r)}" for s, r in steps.items()))
+
+
+def turn(t, n, rep, work, cap, tell):
+    """One repetition of one tool, all steps in a fresh folder; False when a step took too long to ask for another."""
+    root = tempfile.mkdtemp(prefix=f"{t.name}-{n}-", dir=work)
+    inp = dag.lay_out(n, root); t.write(n, root); os.sync()
+
+    def step(what, argv, check=True):
+        r = go(argv, root, t.env, cap)
+        ok = None
+        if check:
+            try: ok = int(open(t.sink(n, root)).read()) == dag.expected(n, inp)
+            except Exception: ok = False
+        r.update(tool=t.name, n=n, rep=rep, step=what, right=ok, load=round(os.getloadavg()[0], 1))
+        tell(r)
+        return r["rc"] != "cap"
+
+    def touch(p):
+        time.sleep(0.02); inp[p] += 1000
+        open(f"{root}/{p}", "w").write(f"{inp[p]}\n")
+
+    if not step("cold", t.run): return False
+    if not t.caches: return True
+    if not step("warm", t.run): return False
+    if t.status: step("status", t.status, False)
+    if t.plan: step("plan-warm", t.plan, False)
+    touch("in/late.txt")
+    if t.plan: step("plan-late", t.plan, False)
+    step("late", t.run); touch("in/0.txt"); step("first", t.run)
+    return True
 
 
 def main():
@@ -71,41 +101,23 @@ def main():
     os.makedirs(a.work, exist_ok=True)
     work = tempfile.mkdtemp(prefix="bench-", dir=os.path.abspath(a.work))
     rows = []
+
+    def tell(row):
+        rows.append(row); print(json.dumps(row), flush=True)
+        if a.out: open(a.out, "a").write(json.dumps(row) + "\n")
+
+    names = a.tools.split(",")
+    for name in [name for name in names if not installed(name, bins)]:
+        print(f"{name} is not installed: left out", flush=True)
+        names.remove(name)
     for n in map(int, a.n.split(",")):
-        for name in a.tools.split(","):
-            if not installed(name, bins):
-                print(f"{name} is not installed: left out", flush=True)
-                continue
-            t = tools.ALL[name](os.path.abspath(bins[name]) if name in bins else "")
-            for rep in range(a.reps):
-                root = tempfile.mkdtemp(prefix=f"{name}-{n}-", dir=work)
-                inp = dag.lay_out(n, root); t.write(n, root); os.sync()
-
-                def step(what, argv, check=True):
-                    r = go(argv, root, t.env, a.cap)
-                    ok = None
-                    if check:
-                        try: ok = int(open(t.sink(n, root)).read()) == dag.expected(n, inp)
-                        except Exception: ok = False
-                    r.update(tool=name, n=n, rep=rep, step=what, right=ok, load=round(os.getloadavg()[0], 1))
-                    rows.append(r); print(json.dumps(r), flush=True)
-                    if a.out: open(a.out, "a").write(json.dumps(r) + "\n")
-                    return r["rc"] != "cap"
-
-                def touch(p):
-                    time.sleep(0.02); inp[p] += 1000
-                    open(f"{root}/{p}", "w").write(f"{inp[p]}\n")
-
-                if not step("cold", t.run): break
-                if not t.caches: continue
-                if not step("warm", t.run): break
-                if t.status: step("status", t.status, False)
-                if t.plan: step("plan-warm", t.plan, False)
-                touch("in/late.txt")
-                if t.plan: step("plan-late", t.plan, False)
-                step("late", t.run); touch("in/0.txt"); step("first", t.run)
+        left = [tools.ALL[name](os.path.abspath(bins[name]) if name in bins else "") for name in names]
+        for rep in range(a.reps):
+            # Neighbours in time are compared, and nobody is always first.
+            left = [t for t in left if turn(t, n, rep, work, a.cap, tell)][::-1]
     print()
-    for k in dict.fromkeys((r["tool"], r["n"]) for r in rows):
+    order = lambda key: (key[1], names.index(key[0]))
+    for k in sorted({(r["tool"], r["n"]) for r in rows}, key=order):
         rs = [r for r in rows if (r["tool"], r["n"]) == k]
         cell = []
         for s in dict.fromkeys(r["step"] for r in rs):
