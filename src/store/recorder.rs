@@ -300,6 +300,8 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::run::event::{NodeState, Origin};
+    use deepgen_contract::id::Fingerprint;
 
     #[test]
     fn a_group_waits_in_proportion_to_what_the_last_one_cost() {
@@ -313,16 +315,21 @@ mod tests {
     #[test]
     fn lines_wait_for_others_unless_somebody_waits_for_them() {
         let (queue, row) = (Queue::default(), run_row(&RunView::default()));
-        queue.add(1, row.clone(), Vec::new(), true);
-        queue.add(2, row.clone(), Vec::new(), false);
+        let (a, b) = (NodeName("a".into()), NodeName("b".into()));
+        let state = NodeState::Done { origin: Origin::Cached };
+        let done = NodeRow { fingerprint: Fingerprint([1; 32]), state, failures: 0 };
+        let has = |node: &NodeName| (node.clone(), Some(done.clone()));
+        queue.add(1, row.clone(), vec![has(&a), has(&b)], true);
+        queue.add(2, row.clone(), vec![(a.clone(), None)], false);
         queue.hurry();
-        let lines = queue.next(Duration::from_secs(3600)).unwrap();
+        let lines = queue.next(Duration::from_secs(60)).unwrap();
         assert_eq!((lines.seq, lines.has_results), (2, true));
+        assert_eq!(lines.nodes, BTreeMap::from([(a, None), has(&b)]), "the last line of a node counts");
         queue.add(3, row, Vec::new(), false);
         let begun = Instant::now();
         assert_eq!(queue.next(Duration::from_millis(20)).unwrap().seq, 3);
         assert!(begun.elapsed() >= Duration::from_millis(20), "what was asked for is forgotten");
         queue.close();
-        assert!(queue.next(Duration::from_secs(3600)).is_none());
+        assert!(queue.next(Duration::from_secs(60)).is_none());
     }
 }
