@@ -1,14 +1,15 @@
 //! Convolution, and nearest-neighbour doubling of the side.
 //!
-//! The common kind (3x3, stride 1 or 2) runs in `direct` and `conv_weight` where the processor has vectors; others, and all of
-//! them elsewhere, by unfolding a band of output rows at a time.
+//! The common kind (3x3, stride 1 or 2) runs in `direct` and `conv_weight` where the processor has vectors, and in `winograd` where
+//! that pays; others, and all of them elsewhere, by unfolding a band of output rows at a time.
 
 use burn::backend::flex::FlexTensor;
 
 use super::linear::{Matrix, matmul};
 use super::simd::{kernel, sum};
 use super::{
-    Begin, HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values, with_scratch,
+    Begin, HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values, winograd,
+    with_scratch,
 };
 
 /// Elements of an unfolded band: small enough to stay in a core's cache.
@@ -67,7 +68,7 @@ impl Sizes {
         self.kernel == 1 && self.stride == 1 && self.padding == 0
     }
 
-    /// The sizes for `direct` and `conv_weight`, if they can take this convolution.
+    /// The sizes for `direct`, `conv_weight` and, at stride 1, `winograd`, if they can take this convolution.
     fn direct(&self, batch: usize) -> Option<direct::Shape> {
         let &Self { c, h, w, o, kernel, stride, padding, out_h, out_w } = self;
         let can = kernel == 3 && stride <= 2 && padding <= 2 && batch * c * o > 0 && direct::is_available();
@@ -229,7 +230,8 @@ impl HostOp<3> for Conv {
         let sizes = Sizes::of(self, x, weight);
         let (input, weight, bias) = (values(x), values(weight), values(bias));
         if let Some(shape) = sizes.direct(dims(x)[0]) {
-            let out = direct::forward(input, shape, weight, bias);
+            let convolve = if winograd::pays(&shape) { winograd::forward } else { direct::forward };
+            let out = convolve(input, shape, weight, bias);
             return (array(out, &[dims(x)[0], sizes.o, sizes.out_h, sizes.out_w]), ());
         }
         let mut out = unwritten(dims(x)[0] * sizes.output());
@@ -250,8 +252,9 @@ impl HostOp<3> for Conv {
         let (input, weight_values, grad) = (values(x), values(weight), values(grad));
         let batch = dims(x)[0];
         if let Some(shape) = sizes.direct(batch) {
+            let input_gradient = if winograd::pays(&shape) { winograd::input_gradient } else { direct::input_gradient };
             return [
-                needs[0].then(|| array(direct::input_gradient(grad, shape, weight_values), dims(x))),
+                needs[0].then(|| array(input_gradient(grad, shape, weight_values), dims(x))),
                 needs[1].then(|| array(conv_weight::weight_gradient(input, grad, shape), dims(weight))),
                 needs[2].then(|| array(bias_grad(grad, &sizes), dims(bias))),
             ];
@@ -344,9 +347,9 @@ mod tests {
     use super::*;
     use crate::random::Stream;
 
-    /// Both forms of a convolution, and of its gradients, on one processor.
+    /// All forms of a convolution, and of its gradients, on one processor.
     #[test]
-    fn the_direct_form_agrees_with_unfolding() {
+    fn the_other_forms_agree_with_unfolding() {
         if !direct::is_available() {
             return;
         }
@@ -360,6 +363,9 @@ mod tests {
             // More than one band, the last one shorter, in rows of whole vectors and not.
             [1, 130, 7, 29, 32],
             [1, 130, 5, 31, 27],
+            // Groups of tiles below and beside each other, the last ones smaller.
+            [2, 60, 49, 22, 37],
+            [1, 130, 9, 5, 90],
         ];
         for [b, c, o, h, w] in sizes {
             for (stride, padding) in [(1, 1), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)] {
@@ -386,15 +392,19 @@ mod tests {
             sizes.weight_grad_one(x, grad, &mut d_weight);
         }
         let shape = sizes.direct(b).unwrap();
-        let pairs = [
-            ("value", direct::forward(&x, shape, &weight, &bias), y),
-            ("input", direct::input_gradient(&grad, shape, &weight), d_x),
-            ("weight", conv_weight::weight_gradient(&x, &grad, shape), d_weight),
+        let mut pairs = vec![
+            ("value", direct::forward(&x, shape, &weight, &bias), &y),
+            ("input", direct::input_gradient(&grad, shape, &weight), &d_x),
+            ("weight", conv_weight::weight_gradient(&x, &grad, shape), &d_weight),
         ];
+        if sizes.stride == 1 {
+            pairs.push(("value in tiles", winograd::forward(&x, shape, &weight, &bias), &y));
+            pairs.push(("input in tiles", winograd::input_gradient(&grad, shape, &weight), &d_x));
+        }
         for (what, ours, expected) in pairs {
             let scale = expected.iter().fold(1f32, |top, value| top.max(value.abs()));
             assert_eq!(ours.len(), expected.len());
-            for (a, b) in ours.iter().zip(&expected) {
+            for (a, b) in ours.iter().zip(expected) {
                 let Sizes { c, h, w, o, stride, padding, .. } = sizes;
                 let at = format!("{what} of {c}x{h}x{w} to {o}, stride {stride}, padding {padding}");
                 assert!((a - b).abs() <= 2e-5 * scale, "{at}: {a} is not {b}");

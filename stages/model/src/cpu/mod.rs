@@ -20,6 +20,7 @@ mod simd;
 mod softmax;
 mod stored;
 mod tiles;
+mod winograd;
 
 use std::cell::RefCell;
 use std::fmt::Debug;

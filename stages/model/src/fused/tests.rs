@@ -206,13 +206,22 @@ fn few_rows_agree_with_many() {
 
 #[test]
 fn convolution_and_upsampling_agree_with_burns() {
-    for (kernel, stride, padding, side) in
-        [(3, 1, 1, 6), (3, 2, 0, 9), (3, 2, 1, 8), (1, 1, 0, 5), (3, 1, 1, 40), (3, 1, 1, 31), (3, 1, 1, 1)]
-    {
-        let weight = vec![4, 3, kernel, kernel];
+    for (c, kernel, stride, padding, side) in [
+        (3, 3, 1, 1, 6),
+        (3, 3, 2, 0, 9),
+        (3, 3, 2, 1, 8),
+        (3, 1, 1, 0, 5),
+        (3, 3, 1, 1, 40),
+        (3, 3, 1, 1, 31),
+        (3, 3, 1, 1, 1),
+        // Enough channels and pixels for transformed tiles.
+        (50, 3, 1, 1, 16),
+        (50, 3, 1, 0, 19),
+    ] {
+        let weight = vec![c + 1, c, kernel, kernel];
         assert_same(
             "conv",
-            [(vec![2, 3, side, side + 1], true), (weight, true), (vec![4], true)],
+            [(vec![2, c, side, side + 1], true), (weight, true), (vec![c + 1], true)],
             |[x, w, b]| conv2d(x.clone(), w.clone(), Some(vector(b)), stride, padding),
             |[x, w, b]| {
                 let options = ConvOptions::new([stride; 2], [padding; 2], [1; 2], 1);
@@ -319,6 +328,9 @@ fn gradients_agree_with_finite_differences() {
         vector(&attention(swap(q), swap(k), swap(v), None))
     });
     assert_slope("convolution", [vec![2, 3, 5, 6], vec![7, 3, 3, 3], vec![7]], |[x, w, b]| {
+        vector(&conv2d(x.clone(), w.clone(), Some(vector(b)), 1, 1))
+    });
+    assert_slope("wide convolution", [vec![2, 48, 16, 17], vec![48, 48, 3, 3], vec![48]], |[x, w, b]| {
         vector(&conv2d(x.clone(), w.clone(), Some(vector(b)), 1, 1))
     });
     assert_slope("strided convolution", [vec![2, 3, 6, 6], vec![4, 3, 3, 3], vec![4]], |[x, w, b]| {
