@@ -5,10 +5,11 @@
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
-use super::linear::{Matrix, product};
+use super::matrix::Matrix;
+use super::product::product;
 use super::simd::kernel;
 use super::softmax::{softmax_row_backward, softmax_rows};
-use super::{HostOp, dims, strided_array, unwritten};
+use super::{Begin, HostOp, dims, strided_array, unwritten};
 
 /// Queries of a block.
 const QUERIES: usize = 128;
@@ -157,7 +158,7 @@ impl Attention {
         assert!(first + rows <= l && q.holds(l, d) && k.holds(s, d) && v.holds(s, d) && weights.len() >= rows * s);
         let visible = self.num_visible(sizes, b, h, first, rows);
         // SAFETY: the matrices lie inside their slices, and rows of this head belong to this thread.
-        unsafe { product([rows, d, visible], q.below(first), k.transposed(), (weights.as_mut_ptr(), s), false) };
+        unsafe { product([rows, d, visible], q.below(first), k.transposed(), (weights.as_mut_ptr(), s), Begin::Zero) };
         let scale = (d as f32).powf(-0.5);
         match &self.mask {
             None => softmax_rows(&mut weights[..rows * s], s, scale),
@@ -171,7 +172,7 @@ impl Attention {
         }
         let weights = Matrix::rows(weights, s);
         // SAFETY: as above.
-        unsafe { product([rows, visible, d], weights, v, (out.head(b, h, first), out.pitch()), false) };
+        unsafe { product([rows, visible, d], weights, v, (out.head(b, h, first), out.pitch()), Begin::Zero) };
     }
 }
 
@@ -250,8 +251,8 @@ impl HostOp<3> for Attention {
                         let to_q = q_heads.head(b, h_index, first);
                         // SAFETY: the matrices lie inside their slices, and these heads belong to this thread.
                         unsafe {
-                            product([visible, rows, d], by_key, grad, (to_v, v_heads.pitch()), true);
-                            product([rows, d, visible], grad, v.transposed(), (d_scores.as_mut_ptr(), s), false);
+                            product([visible, rows, d], by_key, grad, (to_v, v_heads.pitch()), Begin::GoOn);
+                            product([rows, d, visible], grad, v.transposed(), (d_scores.as_mut_ptr(), s), Begin::Zero);
                         }
                         let scale = (d as f32).powf(-0.5);
                         for (weights, d_scores) in weights.chunks_exact(s).zip(d_scores.chunks_exact_mut(s)) {
@@ -260,9 +261,9 @@ impl HostOp<3> for Attention {
                         let rows_of_scores = Matrix::rows(d_scores, s);
                         // SAFETY: as above.
                         unsafe {
-                            product([rows, visible, d], rows_of_scores, k, (to_q, q_heads.pitch()), false);
+                            product([rows, visible, d], rows_of_scores, k, (to_q, q_heads.pitch()), Begin::Zero);
                             let by_key = rows_of_scores.transposed();
-                            product([visible, rows, d], by_key, q, (to_k, k_heads.pitch()), true);
+                            product([visible, rows, d], by_key, q, (to_k, k_heads.pitch()), Begin::GoOn);
                         }
                     });
                 }

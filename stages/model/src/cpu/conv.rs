@@ -5,7 +5,8 @@
 
 use burn::backend::flex::FlexTensor;
 
-use super::linear::{Matrix, matmul};
+use super::matrix::Matrix;
+use super::product::matmul;
 use super::simd::{kernel, sum};
 use super::{
     Begin, HostOp, add_up, array, conv_weight, dims, direct, for_chunks, map_range, unwritten, values, winograd,

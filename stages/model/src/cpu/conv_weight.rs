@@ -18,8 +18,8 @@ use rayon::prelude::*;
 
 use super::direct::{Shape, TAPS};
 use super::planes::pad;
-use super::simd::kernel;
 use super::tiles::Vectors;
+use super::transpose::{SQUARE, interleave};
 use super::unwritten;
 
 /// Vectors of a tile at most.
@@ -172,11 +172,13 @@ impl Product {
             })
             .collect();
         pieces.into_par_iter().for_each(|(column, sample, out)| {
-            for vector in 0..column.width {
-                let lane = (column.first + vector) * self.vector;
-                let lanes = self.vector.min(self.lanes - lane);
-                let planes = &planes[(sample * self.lanes + lane) * plane..][..lanes * plane];
-                interleave(planes, plane, &mut out[vector * self.vector..], self.vector, column.width * self.vector);
+            let first = column.first * self.vector;
+            let planes = &planes[(sample * self.lanes + first) * plane..(sample + 1) * self.lanes * plane];
+            let side = SQUARE.min(self.vector);
+            for lane in (0..column.width * self.vector).step_by(side) {
+                let planes = planes.get(lane * plane..).unwrap_or_default();
+                let used = side.min(planes.len() / plane);
+                interleave(planes, [used, plane], plane, (&mut out[lane..], column.width * self.vector), side);
             }
         });
         out
@@ -264,91 +266,5 @@ impl<const V: usize> WithSimd for Tile<'_, V> {
                 unsafe { tile.as_mut_ptr().cast::<S::f32s>().add(tap * V + v).write_unaligned(sums[tap][v]) };
             }
         }
-    }
-}
-
-/// Writes up to `vector` planes as rows of as many lanes, `pitch` apart, one per pixel; lanes without a plane are zero.
-fn interleave(planes: &[f32], plane: usize, out: &mut [f32], vector: usize, pitch: usize) {
-    #[cfg(target_arch = "x86_64")]
-    if vector == square::SIDE {
-        // SAFETY: vectors of this length are AVX-512's.
-        return unsafe { square::interleave(planes, plane, out, pitch) };
-    }
-    interleave_plainly(planes, plane, out, vector, pitch);
-}
-
-kernel! {
-    /// The same on any processor.
-    pub(super) fn interleave_plainly(planes: &[f32], plane: usize, out: &mut [f32], vector: usize, pitch: usize) {
-        for (pixel, out) in out.chunks_mut(pitch).take(plane).enumerate() {
-            out[..vector].fill(0.0);
-            for (out, plane) in out.iter_mut().zip(planes.chunks_exact(plane)) {
-                *out = plane[pixel];
-            }
-        }
-    }
-}
-
-/// The same by squares of 16 vectors of AVX-512.
-#[cfg(target_arch = "x86_64")]
-mod square {
-    use std::arch::x86_64::{
-        __m512, _mm512_castpd_ps, _mm512_castps_pd, _mm512_maskz_loadu_ps, _mm512_setzero_ps, _mm512_shuffle_f32x4,
-        _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
-    };
-
-    /// Elements of a vector, and vectors of a square.
-    pub(super) const SIDE: usize = 16;
-
-    #[target_feature(enable = "avx512f")]
-    pub(super) fn interleave(planes: &[f32], plane: usize, out: &mut [f32], pitch: usize) {
-        for first in (0..plane).step_by(SIDE) {
-            let count = SIDE.min(plane - first);
-            let mask = (u32::MAX >> (32 - count)) as u16;
-            let mut rows = [_mm512_setzero_ps(); SIDE];
-            for (row, plane) in rows.iter_mut().zip(planes.chunks_exact(plane)) {
-                let from = &plane[first..first + count];
-                // SAFETY: the mask leaves out what is behind the slice.
-                *row = unsafe { _mm512_maskz_loadu_ps(mask, from.as_ptr()) };
-            }
-            for (i, row) in transposed(rows).into_iter().enumerate().take(count) {
-                let to = &mut out[(first + i) * pitch..][..SIDE];
-                // SAFETY: the slice has the length of a vector.
-                unsafe { _mm512_storeu_ps(to.as_mut_ptr(), row) };
-            }
-        }
-    }
-
-    /// Exchanges rows and columns of a square of 16 vectors.
-    #[target_feature(enable = "avx512f")]
-    fn transposed(rows: [__m512; SIDE]) -> [__m512; SIDE] {
-        let zero = _mm512_setzero_ps();
-        let (mut pairs, mut fours, mut out) = ([zero; SIDE], [zero; SIDE], [zero; SIDE]);
-        for i in 0..SIDE / 2 {
-            pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
-            pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
-        }
-        // Row 4 i + j: in each quarter of the vector, column j of the quarter's four, of four source rows.
-        for i in 0..SIDE / 4 {
-            for half in 0..2 {
-                let first = _mm512_castps_pd(pairs[4 * i + half]);
-                let second = _mm512_castps_pd(pairs[4 * i + 2 + half]);
-                fours[4 * i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(first, second));
-                fours[4 * i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(first, second));
-            }
-        }
-        const EVEN: i32 = 0x88;
-        const ODD: i32 = 0xdd;
-        for j in 0..4 {
-            let even = _mm512_shuffle_f32x4::<EVEN>(fours[j], fours[4 + j]);
-            let odd = _mm512_shuffle_f32x4::<ODD>(fours[j], fours[4 + j]);
-            let lower_even = _mm512_shuffle_f32x4::<EVEN>(fours[8 + j], fours[12 + j]);
-            let lower_odd = _mm512_shuffle_f32x4::<ODD>(fours[8 + j], fours[12 + j]);
-            out[j] = _mm512_shuffle_f32x4::<EVEN>(even, lower_even);
-            out[4 + j] = _mm512_shuffle_f32x4::<EVEN>(odd, lower_odd);
-            out[8 + j] = _mm512_shuffle_f32x4::<ODD>(even, lower_even);
-            out[12 + j] = _mm512_shuffle_f32x4::<ODD>(odd, lower_odd);
-        }
-        out
     }
 }

@@ -1,137 +1,12 @@
 //! Linear layer: matrix product with the bias folded in, and its three gradients.
 
-use std::ops::Range;
-
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
+use super::matrix::Matrix;
+use super::product::matmul;
 use super::simd::{kernel, sum};
-use super::{Begin, HostOp, PARALLEL_ELEMENTS, Shared, array, dims, map_range, unwritten, values};
-
-/// Rows or columns of a band are a multiple of this, so that full vectors are filled.
-const BAND_ROWS: usize = 16;
-/// Multiplications below which a second thread does not pay.
-const PARALLEL_PRODUCTS: usize = 1 << 20;
-
-/// A matrix inside a slice: first element, row stride, column stride.
-#[derive(Clone, Copy)]
-pub(super) struct Matrix<'a> {
-    pub(super) values: &'a [f32],
-    pub(super) row: usize,
-    pub(super) column: usize,
-}
-
-impl<'a> Matrix<'a> {
-    /// Rows one after the other.
-    pub(super) fn rows(values: &'a [f32], columns: usize) -> Self {
-        Self { values, row: columns, column: 1 }
-    }
-
-    /// The same matrix with rows and columns exchanged.
-    pub(super) fn transposed(self) -> Self {
-        Self { row: self.column, column: self.row, ..self }
-    }
-
-    /// The same matrix from row `first` on.
-    pub(super) fn below(self, first: usize) -> Self {
-        Self { values: &self.values[first * self.row..], ..self }
-    }
-
-    /// Returns whether a matrix of this size lies inside the slice.
-    pub(super) fn holds(&self, rows: usize, columns: usize) -> bool {
-        rows == 0 || columns == 0 || (rows - 1) * self.row + (columns - 1) * self.column < self.values.len()
-    }
-}
-
-/// out = begin + a b for a [m, k] and b [k, n], whose columns are the outputs; `out` has rows `out_row` apart.
-pub(super) fn matmul(
-    [m, k, n]: [usize; 3],
-    a: Matrix,
-    b: Matrix,
-    (out, out_row): (&mut [f32], usize),
-    begin: Begin,
-    is_parallel: bool,
-) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    assert!(a.holds(m, k) && b.holds(k, n) && (m - 1) * out_row + n <= out.len(), "matrix outside its array");
-    let shared = Shared::new(out);
-    let band = |rows: Range<usize>, columns: Range<usize>| {
-        let b = b.transposed().below(columns.start).transposed();
-        // SAFETY: bands of matrices inside their slices lie there too, and no other thread has these rows and columns.
-        unsafe {
-            let out = shared.from(rows.start * out_row + columns.start);
-            if let Begin::With(begin) = begin {
-                let begin = &begin[columns.clone()];
-                (0..rows.len())
-                    .for_each(|i| out.add(i * out_row).copy_from_nonoverlapping(begin.as_ptr(), begin.len()));
-            }
-            let size = [rows.len(), k, columns.len()];
-            product(size, a.below(rows.start), b, (out, out_row), !matches!(begin, Begin::Zero));
-        }
-    };
-    if !is_parallel || m * n * k < PARALLEL_PRODUCTS {
-        return band(0..m, 0..n);
-    }
-    // Either way an element is summed in the same order, however many bands there are.
-    let width = |all: usize| all.div_ceil(rayon::current_num_threads()).next_multiple_of(BAND_ROWS);
-    if b.column == 1 {
-        let rows = width(m);
-        (0..m.div_ceil(rows)).into_par_iter().for_each(|i| band(i * rows..m.min((i + 1) * rows), 0..n));
-    } else {
-        // To order the columns of b for the product costs most here, and each thread then does it for its own.
-        let columns = width(n);
-        (0..n.div_ceil(columns)).into_par_iter().for_each(|i| band(0..m, i * columns..n.min((i + 1) * columns)));
-    }
-}
-
-/// [`matmul`] on one thread.
-///
-/// # Safety
-/// The matrices lie inside their slices, and no other thread touches the rows of `out`.
-pub(super) unsafe fn product(
-    [m, k, n]: [usize; 3],
-    a: Matrix,
-    b: Matrix,
-    (out, out_row): (*mut f32, usize),
-    accumulates: bool,
-) {
-    if m == 0 || n == 0 {
-        return;
-    }
-    if k == 0 {
-        if !accumulates {
-            // SAFETY: the caller's promise.
-            (0..m).for_each(|row| unsafe { out.add(row * out_row).write_bytes(0, n) });
-        }
-        return;
-    }
-    // SAFETY: the caller's promise.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out,
-            1,
-            out_row as isize,
-            accumulates,
-            a.values.as_ptr(),
-            a.column as isize,
-            a.row as isize,
-            b.values.as_ptr(),
-            b.column as isize,
-            b.row as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            gemm::Parallelism::None,
-        );
-    }
-}
+use super::{Begin, HostOp, PARALLEL_ELEMENTS, array, dims, map_range, unwritten, values};
 
 kernel! {
     /// out[j] += sum over rows of x[.., j].
@@ -311,40 +186,5 @@ impl HostOp<3> for Linear<3> {
     ) -> [Option<FlexTensor>; 3] {
         let [d_x, d_weight] = backward(x, weight, grad, [needs[0], needs[1]]);
         [d_x, d_weight, needs[2].then(|| bias_gradient(grad, dims(bias)))]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::random::Stream;
-
-    /// Both ways to divide a product leave the order of each sum as it is.
-    #[test]
-    fn products_are_the_same_for_any_number_of_threads() {
-        let [m, k, n] = [75, 530, 210];
-        let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
-        let (a, b) = (draw("a", m * k), draw("b", k * n));
-        for b in [Matrix::rows(&b, n), Matrix::rows(&b, k).transposed()] {
-            let with = |threads: usize, begin: Begin| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                let mut out = vec![1.0; m * n];
-                pool.install(|| matmul([m, k, n], Matrix::rows(&a, k), b, (&mut out, n), begin, true));
-                out
-            };
-            let one = with(1, Begin::GoOn);
-            let sum = |row: usize, column: usize| {
-                let product = |i: usize| f64::from(a[row * k + i]) * f64::from(b.values[i * b.row + column * b.column]);
-                1.0 + (0..k).map(product).sum::<f64>()
-            };
-            for (row, column) in [(0, 0), (3, 209), (74, 17), (40, 128)] {
-                // 530 roundings of terms whose sum is of the order of 23.
-                assert!((f64::from(one[row * n + column]) - sum(row, column)).abs() < 1e-4);
-            }
-            let ones = vec![1.0; n];
-            for threads in [1, 2, 3, 5] {
-                assert!(with(threads, Begin::GoOn) == one && with(threads, Begin::With(&ones)) == one);
-            }
-        }
     }
 }

@@ -11,15 +11,18 @@ mod conv_weight;
 mod cross_entropy;
 mod direct;
 mod linear;
+mod matrix;
 mod norms;
 mod planes;
 mod pointwise;
+mod product;
 mod rerun;
 mod rotary;
 mod simd;
 mod softmax;
 mod stored;
 mod tiles;
+mod transpose;
 mod winograd;
 
 use std::cell::RefCell;
