@@ -91,13 +91,6 @@ impl WithSimd for Pack<'_> {
         const BLOCK: usize = 16;
         let Self { weight, starts, stride, inputs, is_mirrored, packed } = self;
         assert!(packed.len() == POINTS * point_weights(inputs) && S::F32_LANES <= LONGEST);
-        // The rows of the transform: g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2.
-        let half = simd.splat_f32s(0.5);
-        let transform = |g: [S::f32s; 3]| {
-            let ends = simd.add_f32s(g[0], g[2]);
-            let [plus, minus] = [simd.add_f32s(ends, g[1]), simd.sub_f32s(ends, g[1])];
-            [g[0], simd.mul_f32s(plus, half), simd.mul_f32s(minus, half), g[2]]
-        };
         let zero = simd.splat_f32s(0.0);
         let mut block = [0.0; BLOCK * TAPS * CHANNELS + LONGEST];
         for first in (0..inputs).step_by(BLOCK) {
@@ -122,10 +115,10 @@ impl WithSimd for Pack<'_> {
                             weights.cast::<S::f32s>().read_unaligned()
                         };
                     }
-                    columns[column] = transform(taps);
+                    columns[column] = transform_taps(simd, taps);
                 }
                 for row in 0..4 {
-                    let points = transform([columns[0][row], columns[1][row], columns[2][row]]);
+                    let points = transform_taps(simd, [columns[0][row], columns[1][row], columns[2][row]]);
                     for column in 0..4 {
                         let to = (4 * row + column) * point_weights(inputs) + (first + i) * CHANNELS + part;
                         // SAFETY: what a vector writes behind its outputs is written again by the next input, or is the room.
@@ -135,6 +128,14 @@ impl WithSimd for Pack<'_> {
             }
         }
     }
+}
+
+/// Returns the transform of one row or column of a weight: g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2.
+#[inline(always)]
+fn transform_taps<S: Simd>(simd: S, g: [S::f32s; 3]) -> [S::f32s; 4] {
+    let (ends, half) = (simd.add_f32s(g[0], g[2]), simd.splat_f32s(0.5));
+    let [plus, minus] = [simd.add_f32s(ends, g[1]), simd.sub_f32s(ends, g[1])];
+    [g[0], simd.mul_f32s(plus, half), simd.mul_f32s(minus, half), g[2]]
 }
 
 /// How the tiles of an output are cut into groups, rectangles of tiles.
@@ -147,8 +148,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(shape: &Shape) -> Self {
-        let kind = Vectors::detect();
+    fn new(shape: &Shape, kind: Vectors) -> Self {
         let tiles @ [rows, columns] = [shape.out_h.div_ceil(STEP), shape.out_w.div_ceil(STEP)];
         let most = GROUP_ELEMENTS / (POINTS * (shape.c + shape.o));
         let most = most.max(kind.per_tile() * kind.len);
@@ -172,13 +172,26 @@ impl Plan {
 
 /// Convolves x [batch, c, h, w] with weights as [`pack`] orders them.
 fn convolve(x: &[f32], shape: Shape, weight: &[f32], bias: &[f32]) -> Vec<f32> {
+    let kind = Vectors::detect();
+    convolve_in(kind, |work| kind.arch.dispatch(work), x, shape, weight, bias)
+}
+
+/// The same in vectors of a kind, by what runs the work of a group in them.
+fn convolve_in(
+    kind: Vectors,
+    run: impl Fn(Work) + Sync,
+    x: &[f32],
+    shape: Shape,
+    weight: &[f32],
+    bias: &[f32],
+) -> Vec<f32> {
     let Shape { batch, c, h, w, o, out_h, out_w, padding, .. } = shape;
     assert_eq!([x.len(), bias.len()], [batch * c * h * w, o]);
     let mut out = unwritten(batch * o * out_h * out_w);
     if out.is_empty() {
         return out;
     }
-    let plan = Plan::new(&shape);
+    let plan = Plan::new(&shape, kind);
     let [down, across] = plan.groups();
     let shared = Shared::new(&mut out);
     (0..batch * down * across).into_par_iter().for_each(|i| {
@@ -198,7 +211,7 @@ fn convolve(x: &[f32], shape: Shape, weight: &[f32], bias: &[f32]) -> Vec<f32> {
             out: unsafe { shared.from(sample * o * out_h * out_w) },
             out_sides: [out_h, out_w],
         };
-        with_scratch(group.scratch_len(), |scratch| Arch::new().dispatch(Work { group: &group, scratch }));
+        with_scratch(group.scratch_len(), |scratch| run(Work { group: &group, scratch }));
     });
     out
 }
@@ -301,7 +314,6 @@ impl WithSimd for Work<'_> {
 fn transform_inputs<S: Simd>(simd: S, group: &Group, lines: &mut [f32], inputs: &mut [f32]) {
     /// Two rows, or columns, of a tile, and whether they are added instead of subtracted: the rows of the transform.
     const ROWS: [(usize, usize, bool); 4] = [(0, 2, false), (1, 2, true), (2, 1, false), (1, 3, false)];
-    let combine = |a: S::f32s, b: S::f32s, is_sum: bool| if is_sum { simd.add_f32s(a, b) } else { simd.sub_f32s(a, b) };
     let ([rows, columns], pitch, lanes) = (group.tiles, group.pitch(), group.lanes());
     let point_len = group.point_len(group.c);
     assert!(inputs.len() == POINTS * point_len && lines.len() == (rows + 1) * STEP * STEP * pitch);
@@ -319,27 +331,30 @@ fn transform_inputs<S: Simd>(simd: S, group: &Group, lines: &mut [f32], inputs: 
                 // writes behind the row's tiles is written again by the next row's or channel's, or is the room behind them.
                 unsafe {
                     let line = lines.as_ptr().add(row * STEP * STEP * pitch + column);
-                    let load = |row: usize, column: usize| {
-                        let line = line.add((row * STEP + column % STEP) * pitch + column / STEP);
-                        line.cast::<S::f32s>().read_unaligned()
-                    };
                     let out = inputs.as_mut_ptr().add(channel * lanes + row * columns + column);
                     for i in 0..4 {
                         let (a, b, is_sum) = ROWS[i];
                         let mut pixels = [simd.splat_f32s(0.0); 4];
                         for j in 0..4 {
-                            pixels[j] = combine(load(a, j), load(b, j), is_sum);
+                            let place = j % STEP * pitch + j / STEP;
+                            let [a, b] = [a, b].map(|row| line.add(row * STEP * pitch + place).cast::<S::f32s>());
+                            pixels[j] = combine(simd, a.read_unaligned(), b.read_unaligned(), is_sum);
                         }
                         for j in 0..4 {
                             let (a, b, is_sum) = ROWS[j];
-                            let point = out.add((4 * i + j) * point_len);
-                            point.cast::<S::f32s>().write_unaligned(combine(pixels[a], pixels[b], is_sum));
+                            let point = out.add((4 * i + j) * point_len).cast::<S::f32s>();
+                            point.write_unaligned(combine(simd, pixels[a], pixels[b], is_sum));
                         }
                     }
                 }
             }
         }
     }
+}
+
+#[inline(always)]
+fn combine<S: Simd>(simd: S, a: S::f32s, b: S::f32s, is_sum: bool) -> S::f32s {
+    if is_sum { simd.add_f32s(a, b) } else { simd.sub_f32s(a, b) }
 }
 
 /// Multiplies `inputs` [points, c, lanes] with the weights to `products` [points, o, lanes].
@@ -437,11 +452,6 @@ impl Tile {
 /// Transforms `products` [points, o, lanes] to pixels, by way of `lines` of even and odd ones.
 #[inline(always)]
 fn transform_products<S: Simd>(simd: S, group: &Group, products: &[f32], lines: &mut [f32]) {
-    // The rows of the transform: m0 + m1 + m2, m1 - m2 - m3.
-    let transform = |m: [S::f32s; 4]| {
-        let sum = simd.add_f32s(simd.add_f32s(m[0], m[1]), m[2]);
-        [sum, simd.sub_f32s(simd.sub_f32s(m[1], m[2]), m[3])]
-    };
     let ([rows, columns], [out_h, out_w], pitch, lanes) = (group.tiles, group.out_sides, group.pitch(), group.lanes());
     let point_len = group.point_len(group.bias.len());
     assert!(products.len() == POINTS * point_len && lines.len() >= STEP * STEP * pitch);
@@ -454,14 +464,16 @@ fn transform_products<S: Simd>(simd: S, group: &Group, products: &[f32], lines: 
                 // SAFETY: behind the lanes of each point there is room for a vector, and four lines were made for these tiles.
                 unsafe {
                     let from = products.as_ptr().add(output * lanes + row * columns + column);
-                    let load = |point: usize| from.add(point * point_len).cast::<S::f32s>().read_unaligned();
                     let mut halves = [[simd.splat_f32s(0.0); 4]; STEP];
                     for j in 0..4 {
-                        let [upper, lower] = transform([load(j), load(4 + j), load(8 + j), load(12 + j)]);
-                        (halves[0][j], halves[1][j]) = (upper, lower);
+                        let mut column = [simd.splat_f32s(0.0); 4];
+                        for i in 0..4 {
+                            column[i] = from.add((4 * i + j) * point_len).cast::<S::f32s>().read_unaligned();
+                        }
+                        [halves[0][j], halves[1][j]] = transform_sums(simd, column);
                     }
                     for i in 0..STEP {
-                        let pixels = transform(halves[i]);
+                        let pixels = transform_sums(simd, halves[i]);
                         for j in 0..STEP {
                             let line = lines.as_mut_ptr().add((i * STEP + j) * pitch + column);
                             line.cast::<S::f32s>().write_unaligned(simd.add_f32s(pixels[j], bias));
@@ -482,6 +494,40 @@ fn transform_products<S: Simd>(simd: S, group: &Group, products: &[f32], lines: 
                 }
                 last.iter_mut().for_each(|last| *last = even[width / STEP]);
             }
+        }
+    }
+}
+
+/// Returns the transform of one row or column of products: m0 + m1 + m2, m1 - m2 - m3.
+#[inline(always)]
+fn transform_sums<S: Simd>(simd: S, m: [S::f32s; 4]) -> [S::f32s; STEP] {
+    let sum = simd.add_f32s(simd.add_f32s(m[0], m[1]), m[2]);
+    [sum, simd.sub_f32s(simd.sub_f32s(m[1], m[2]), m[3])]
+}
+
+#[cfg(test)]
+mod tests {
+    use pulp::{Scalar256b, Scalar512b};
+
+    use super::*;
+    use crate::random::Stream;
+
+    #[test]
+    fn outputs_are_the_same_for_any_length_of_a_vector() {
+        let kind = Vectors::detect();
+        if kind.len == 1 {
+            return;
+        }
+        for [batch, c, o, h, w] in [[2, 5, 8, 9, 23], [1, 60, 49, 22, 37], [1, 3, 7, 4, 300]] {
+            let shape = Shape { batch, c, h, w, o, out_h: h, out_w: w, stride: 1, padding: 1 };
+            let draw = |name: &str, count: usize| Stream::new(1, name).normals(count, 1.0);
+            let (x, bias) = (draw("x", batch * c * h * w), draw("bias", o));
+            let weight = pack(&draw("weight", o * c * TAPS), [o, c], [c * TAPS, TAPS], false);
+            let ours = convolve(&x, shape, &weight, &bias);
+            let short = Vectors { len: 8, registers: 16, ..kind };
+            let long = Vectors { len: 16, registers: 32, ..kind };
+            assert!(convolve_in(short, |work| work.with_simd(Scalar256b), &x, shape, &weight, &bias) == ours);
+            assert!(convolve_in(long, |work| work.with_simd(Scalar512b), &x, shape, &weight, &bias) == ours);
         }
     }
 }
