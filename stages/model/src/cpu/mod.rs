@@ -12,6 +12,7 @@ mod cross_entropy;
 mod direct;
 mod linear;
 mod matrix;
+mod microkernel;
 mod norms;
 mod planes;
 mod pointwise;

@@ -1,5 +1,4 @@
-//! Matrix product in vector registers: a tile, two vectors of columns of some rows, stays in registers over a block of the inner
-//! side.
+//! Matrix product, cut into tiles for `microkernel`.
 //!
 //! Columns are packed to panels that the first-level cache holds, rows to blocks for the second; each thread packs what it
 //! needs. Knows no tensor.
@@ -8,9 +7,6 @@
 //! that side is cut depends on its length alone: a result is the same for any number of threads, length of a vector and size of
 //! a cache.
 
-// Sums in registers are written as index loops over small constant ranges, which unroll completely.
-#![allow(clippy::needless_range_loop)]
-
 use std::cell::RefCell;
 use std::ops::Range;
 
@@ -18,17 +14,10 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::matrix::Matrix;
-use super::planes::LONGEST;
-use super::simd::prefetch;
+use super::microkernel::{MOST_COLUMNS, ROWS, Tile, VECTORS};
 use super::transpose::SQUARE;
 use super::{Begin, Shared};
 
-/// Rows of a tile.
-const ROWS: usize = 6;
-/// Vectors of a tile: with [`ROWS`], 12 sums in 16 registers.
-const VECTORS: usize = 2;
-/// Columns of a tile at most.
-const MOST_COLUMNS: usize = VECTORS * LONGEST;
 /// Length of a block of the inner side at most: a panel of AVX2 is 24 KiB.
 const INNER: usize = 384;
 /// Rows of a block: 144 KiB.
@@ -209,16 +198,7 @@ impl Product<'_> {
                     },
                 };
                 // SAFETY: so many rows and columns lie behind this place.
-                unsafe {
-                    match strip.len() {
-                        1 => tile.compute::<S, 1>(simd),
-                        2 => tile.compute::<S, 2>(simd),
-                        3 => tile.compute::<S, 3>(simd),
-                        4 => tile.compute::<S, 4>(simd),
-                        5 => tile.compute::<S, 5>(simd),
-                        _ => tile.compute::<S, ROWS>(simd),
-                    }
-                }
+                unsafe { tile.compute(simd, strip.len()) };
             }
         }
     }
@@ -235,167 +215,6 @@ fn room(packed: &mut Vec<f32>, first: usize, second: usize) -> (&mut [f32], &mut
     }
     let start = packed.as_ptr().align_offset(BYTES).min(LINE);
     packed[start..].split_at_mut(first)
-}
-
-/// Vectors of some columns of some rows, and a block of the inner side.
-struct Tile<'a> {
-    /// The rows from the block's first element on.
-    rows: Matrix<'a>,
-    /// Whether the rows are a strip as [`Matrix::pack_rows`] makes it.
-    is_packed: bool,
-    /// Length of the block.
-    inner: usize,
-    /// The columns [inner, pitch], packed.
-    panel: &'a [f32],
-    pitch: usize,
-    /// Columns that there are.
-    columns: usize,
-    out: *mut f32,
-    out_row: usize,
-    begin: Begin<'a>,
-}
-
-impl Tile<'_> {
-    /// # Safety
-    /// R rows of `columns` elements lie behind `out`, and no other thread touches them.
-    #[inline(always)]
-    unsafe fn compute<S: Simd, const R: usize>(&self, simd: S) {
-        let width = VECTORS * S::F32_LANES;
-        let reach = self.inner.saturating_sub(1) * self.pitch + width;
-        assert!(self.rows.holds(R, self.inner) && (self.inner == 0 || reach <= self.panel.len()));
-        for r in 0..R {
-            let row = self.out.wrapping_add(r * self.out_row);
-            prefetch(row);
-            prefetch(row.wrapping_add(width - 1));
-        }
-        let mut sums = [[simd.splat_f32s(0.0); VECTORS]; R];
-        // SAFETY: rows and panel were just checked; the rest is the caller's promise.
-        unsafe {
-            if self.is_packed {
-                self.multiply::<S, R, true>(simd, &mut sums);
-            } else {
-                self.multiply::<S, R, false>(simd, &mut sums);
-            }
-            if self.columns == width {
-                write(simd, self.begin, &sums, (self.out, self.out_row));
-            } else {
-                self.write_some(simd, &sums);
-            }
-        }
-    }
-
-    /// # Safety
-    /// Rows and panel hold R rows, a tile's columns and `inner` of each.
-    #[inline(always)]
-    unsafe fn multiply<S: Simd, const R: usize, const IS_PACKED: bool>(
-        &self,
-        simd: S,
-        sums: &mut [[S::f32s; VECTORS]; R],
-    ) {
-        /// Steps without a loop between them.
-        const STEPS: usize = 4;
-        let (row, column) = if IS_PACKED { (1, ROWS) } else { (self.rows.row, self.rows.column) };
-        let (mut rows, mut panel) = (self.rows.values.as_ptr(), self.panel.as_ptr());
-        // SAFETY: the caller's promise.
-        unsafe {
-            for _ in 0..self.inner / STEPS {
-                for i in 0..STEPS {
-                    add_products(simd, (rows.add(i * column), row), panel.add(i * self.pitch), sums);
-                }
-                (rows, panel) = (rows.add(STEPS * column), panel.add(STEPS * self.pitch));
-            }
-            for i in 0..self.inner % STEPS {
-                add_products(simd, (rows.add(i * column), row), panel.add(i * self.pitch), sums);
-            }
-        }
-    }
-
-    /// Writes sums of which some columns do not exist.
-    ///
-    /// # Safety
-    /// As [`Tile::compute`].
-    #[inline(always)]
-    unsafe fn write_some<S: Simd, const R: usize>(&self, simd: S, sums: &[[S::f32s; VECTORS]; R]) {
-        let mut rows = [[0.0; MOST_COLUMNS]; R];
-        let mut all = [0.0; MOST_COLUMNS];
-        let begin = match self.begin {
-            Begin::With(begin) => {
-                all[..begin.len()].copy_from_slice(begin);
-                Begin::With(&all)
-            }
-            begin => begin,
-        };
-        // SAFETY: the caller's promise; the copies have room for the longest vectors.
-        unsafe {
-            if let Begin::GoOn = begin {
-                for r in 0..R {
-                    rows[r].as_mut_ptr().copy_from_nonoverlapping(self.out.add(r * self.out_row), self.columns);
-                }
-            }
-            write(simd, begin, sums, (rows.as_mut_ptr().cast(), MOST_COLUMNS));
-            for r in 0..R {
-                self.out.add(r * self.out_row).copy_from_nonoverlapping(rows[r].as_ptr(), self.columns);
-            }
-        }
-    }
-}
-
-/// Adds the products of one element of R rows, `row` apart, with two vectors.
-///
-/// # Safety
-/// The elements lie behind `rows`, the vectors behind `panel`.
-#[inline(always)]
-unsafe fn add_products<S: Simd, const R: usize>(
-    simd: S,
-    (rows, row): (*const f32, usize),
-    panel: *const f32,
-    sums: &mut [[S::f32s; VECTORS]; R],
-) {
-    let mut vectors = [simd.splat_f32s(0.0); VECTORS];
-    for v in 0..VECTORS {
-        // SAFETY: the caller's promise.
-        vectors[v] = unsafe { panel.cast::<S::f32s>().add(v).read_unaligned() };
-    }
-    for r in 0..R {
-        // SAFETY: as above.
-        let factor = simd.splat_f32s(unsafe { *rows.add(r * row) });
-        for v in 0..VECTORS {
-            // Fused where the processor can.
-            sums[r][v] = simd.mul_add_e_f32s(factor, vectors[v], sums[r][v]);
-        }
-    }
-}
-
-/// Writes the sums of R rows of whole vectors.
-///
-/// # Safety
-/// The vectors lie behind `out`, and no other thread touches them.
-#[inline(always)]
-unsafe fn write<S: Simd, const R: usize>(
-    simd: S,
-    begin: Begin,
-    sums: &[[S::f32s; VECTORS]; R],
-    (out, out_row): (*mut f32, usize),
-) {
-    if let Begin::With(begin) = begin {
-        assert!(begin.len() >= VECTORS * S::F32_LANES);
-    }
-    for r in 0..R {
-        for v in 0..VECTORS {
-            // SAFETY: the caller's promise, and the length that was just checked.
-            unsafe {
-                let to = out.add(r * out_row).cast::<S::f32s>().add(v);
-                let sum = match begin {
-                    Begin::Zero => sums[r][v],
-                    Begin::With(begin) => {
-                        simd.add_f32s(begin.as_ptr().cast::<S::f32s>().add(v).read_unaligned(), sums[r][v])
-                    }
-                    Begin::GoOn => simd.add_f32s(to.read_unaligned(), sums[r][v]),
-                };
-                to.write_unaligned(sum);
-            }
-        }
-    }
 }
 
 #[cfg(test)]

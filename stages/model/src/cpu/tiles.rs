@@ -29,7 +29,7 @@ const GROUP_PIXELS: usize = MOST_VECTORS * LONGEST;
 /// What this processor's vectors are like.
 #[derive(Clone, Copy)]
 pub(super) struct Vectors {
-    pub(super) arch: Arch,
+    arch: Arch,
     /// Elements of a vector; 1 where there are none.
     pub(super) len: usize,
     pub(super) registers: usize,

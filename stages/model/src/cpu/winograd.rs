@@ -17,9 +17,11 @@ use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::direct::{Shape, TAPS};
+use super::matrix::Matrix;
+use super::microkernel::{ROWS, Tile, VECTORS};
 use super::planes::LONGEST;
-use super::tiles::{CHANNELS, Vectors};
-use super::{Shared, for_chunks, unwritten, with_scratch};
+use super::tiles::Vectors;
+use super::{Begin, Shared, for_chunks, unwritten, with_scratch};
 
 /// Pixels from a tile to the next.
 const STEP: usize = 2;
@@ -55,27 +57,27 @@ pub(super) fn input_gradient(grad: &[f32], shape: Shape, weight: &[f32]) -> Vec<
     convolve(grad, shape, &pack(weight, [c, o], [TAPS, c * TAPS], true), &vec![0.0; c])
 }
 
-/// Transforms weights and orders them as products read them: per [`CHANNELS`] outputs [points, inputs, outputs], each point with
+/// Transforms weights and orders them as products read them: per [`ROWS`] outputs [points, inputs, outputs], each point with
 /// room behind it. `strides` are those of an output and of an input.
 fn pack(weight: &[f32], [outputs, inputs]: [usize; 2], strides: [usize; 2], is_mirrored: bool) -> Vec<f32> {
-    let mut packed = unwritten(outputs.div_ceil(CHANNELS) * POINTS * point_weights(inputs));
+    let mut packed = unwritten(outputs.div_ceil(ROWS) * POINTS * point_weights(inputs));
     for_chunks(&mut packed, POINTS * point_weights(inputs), |i, packed| {
         // Outputs that the last ones lack are not computed: any weight will do.
-        let starts = array::from_fn(|r| (i * CHANNELS + r).min(outputs - 1) * strides[0]);
+        let starts = array::from_fn(|r| (i * ROWS + r).min(outputs - 1) * strides[0]);
         Arch::new().dispatch(Pack { weight, starts, stride: strides[1], inputs, is_mirrored, packed });
     });
     packed
 }
 
-/// Elements of one point of [`CHANNELS`] outputs' weights, and what a vector of the last ones writes behind.
+/// Elements of one point of [`ROWS`] outputs' weights, and what a vector of the last ones writes behind.
 fn point_weights(inputs: usize) -> usize {
-    inputs * CHANNELS + LONGEST
+    inputs * ROWS + LONGEST
 }
 
 /// Transforms the weights of some outputs, which begin at `starts`.
 struct Pack<'a> {
     weight: &'a [f32],
-    starts: [usize; CHANNELS],
+    starts: [usize; ROWS],
     stride: usize,
     inputs: usize,
     is_mirrored: bool,
@@ -92,17 +94,17 @@ impl WithSimd for Pack<'_> {
         let Self { weight, starts, stride, inputs, is_mirrored, packed } = self;
         assert!(packed.len() == POINTS * point_weights(inputs) && S::F32_LANES <= LONGEST);
         let zero = simd.splat_f32s(0.0);
-        let mut block = [0.0; BLOCK * TAPS * CHANNELS + LONGEST];
+        let mut block = [0.0; BLOCK * TAPS * ROWS + LONGEST];
         for first in (0..inputs).step_by(BLOCK) {
             let count = BLOCK.min(inputs - first);
-            for (i, block) in block.chunks_exact_mut(TAPS * CHANNELS).take(count).enumerate() {
+            for (i, block) in block.chunks_exact_mut(TAPS * ROWS).take(count).enumerate() {
                 let weights = starts.map(|start| weight[start + (first + i) * stride..].first_chunk::<TAPS>());
                 let weights = weights.map(|weights| weights.expect("nine taps of each output and input"));
-                for (tap, block) in block.as_chunks_mut::<CHANNELS>().0.iter_mut().enumerate() {
+                for (tap, block) in block.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
                     *block = weights.map(|weights| weights[tap]);
                 }
             }
-            let parts = (0..count).flat_map(|i| (0..CHANNELS).step_by(S::F32_LANES).map(move |part| (i, part)));
+            let parts = (0..count).flat_map(|i| (0..ROWS).step_by(S::F32_LANES).map(move |part| (i, part)));
             for (i, part) in parts {
                 let mut columns = [[zero; 4]; 3];
                 for column in 0..3 {
@@ -111,7 +113,7 @@ impl WithSimd for Pack<'_> {
                         let tap = if is_mirrored { TAPS - 1 - 3 * row - column } else { 3 * row + column };
                         // SAFETY: a vector lies behind each weight of the block.
                         taps[row] = unsafe {
-                            let weights = block.as_ptr().add((i * TAPS + tap) * CHANNELS + part);
+                            let weights = block.as_ptr().add((i * TAPS + tap) * ROWS + part);
                             weights.cast::<S::f32s>().read_unaligned()
                         };
                     }
@@ -120,7 +122,7 @@ impl WithSimd for Pack<'_> {
                 for row in 0..4 {
                     let points = transform_taps(simd, [columns[0][row], columns[1][row], columns[2][row]]);
                     for column in 0..4 {
-                        let to = (4 * row + column) * point_weights(inputs) + (first + i) * CHANNELS + part;
+                        let to = (4 * row + column) * point_weights(inputs) + (first + i) * ROWS + part;
                         // SAFETY: what a vector writes behind its outputs is written again by the next input, or is the room.
                         unsafe { packed.as_mut_ptr().add(to).cast::<S::f32s>().write_unaligned(points[column]) };
                     }
@@ -140,7 +142,6 @@ fn transform_taps<S: Simd>(simd: S, g: [S::f32s; 3]) -> [S::f32s; 4] {
 
 /// How the tiles of an output are cut into groups, rectangles of tiles.
 struct Plan {
-    kind: Vectors,
     /// Rows and columns of tiles.
     tiles: [usize; 2],
     /// Rows and columns of a group; the last ones may have fewer.
@@ -148,20 +149,20 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(shape: &Shape, kind: Vectors) -> Self {
+    fn new(shape: &Shape, vector: usize) -> Self {
         let tiles @ [rows, columns] = [shape.out_h.div_ceil(STEP), shape.out_w.div_ceil(STEP)];
         let most = GROUP_ELEMENTS / (POINTS * (shape.c + shape.o));
-        let most = most.max(kind.per_tile() * kind.len);
+        let most = most.max(VECTORS * vector);
         let width = match columns.div_ceil(most) {
             1 => columns,
-            pieces => columns.div_ceil(pieces).next_multiple_of(kind.len),
+            pieces => columns.div_ceil(pieces).next_multiple_of(vector),
         };
         let highest = (most / width).clamp(1, rows.div_ceil(MIN_PIECES.div_ceil(shape.batch)));
         // Lanes that are computed in all, with those that are left empty.
-        let lanes = |height: usize| (height * width).next_multiple_of(kind.per_tile() * kind.len);
+        let lanes = |height: usize| (height * width).next_multiple_of(VECTORS * vector);
         let cost = |height: &usize| rows / height * lanes(*height) + lanes(rows % height);
         let height = (1..=highest).rev().min_by_key(cost).unwrap_or(1);
-        Self { kind, tiles, group: [height, width] }
+        Self { tiles, group: [height, width] }
     }
 
     /// Returns how many groups are below and beside each other.
@@ -172,13 +173,13 @@ impl Plan {
 
 /// Convolves x [batch, c, h, w] with weights as [`pack`] orders them.
 fn convolve(x: &[f32], shape: Shape, weight: &[f32], bias: &[f32]) -> Vec<f32> {
-    let kind = Vectors::detect();
-    convolve_in(kind, |work| kind.arch.dispatch(work), x, shape, weight, bias)
+    let arch = Arch::new();
+    convolve_in(Vectors::detect().len, |work| arch.dispatch(work), x, shape, weight, bias)
 }
 
-/// The same in vectors of a kind, by what runs the work of a group in them.
+/// The same in vectors of a length, by what runs the work of a group in them.
 fn convolve_in(
-    kind: Vectors,
+    vector: usize,
     run: impl Fn(Work) + Sync,
     x: &[f32],
     shape: Shape,
@@ -191,14 +192,14 @@ fn convolve_in(
     if out.is_empty() {
         return out;
     }
-    let plan = Plan::new(&shape, kind);
+    let plan = Plan::new(&shape, vector);
     let [down, across] = plan.groups();
     let shared = Shared::new(&mut out);
     (0..batch * down * across).into_par_iter().for_each(|i| {
         let (sample, first) = (i / (down * across), [i / across % down * plan.group[0], i % across * plan.group[1]]);
         let tiles = array::from_fn(|axis| plan.group[axis].min(plan.tiles[axis] - first[axis]));
         let group = Group {
-            kind: plan.kind,
+            vector,
             x: &x[sample * c * h * w..][..c * h * w],
             sides: [h, w],
             padding,
@@ -218,7 +219,8 @@ fn convolve_in(
 
 /// Some tiles of one sample.
 struct Group<'a> {
-    kind: Vectors,
+    /// Elements of a vector.
+    vector: usize,
     /// Planes [c, sides] of the input.
     x: &'a [f32],
     sides: [usize; 2],
@@ -236,14 +238,14 @@ struct Group<'a> {
 }
 
 impl Group<'_> {
-    /// Tiles, filled up to whole vectors.
+    /// Tiles, filled up to whole tiles of a product.
     fn lanes(&self) -> usize {
-        (self.tiles[0] * self.tiles[1]).next_multiple_of(self.kind.len)
+        (self.tiles[0] * self.tiles[1]).next_multiple_of(VECTORS * self.vector)
     }
 
     /// Elements of a line: every second pixel of a row of tiles, and what vectors read behind.
     fn pitch(&self) -> usize {
-        self.tiles[1].next_multiple_of(self.kind.len) + self.kind.len
+        self.tiles[1].next_multiple_of(self.vector) + self.vector
     }
 
     /// Elements of the lines that one channel's tiles are made from, and of those that they are made to.
@@ -300,7 +302,7 @@ impl WithSimd for Work<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { group, scratch } = self;
-        assert_eq!([group.kind.len, scratch.len()], [S::F32_LANES, group.scratch_len()]);
+        assert_eq!([group.vector, scratch.len()], [S::F32_LANES, group.scratch_len()]);
         let (lines, scratch) = scratch.split_at_mut(group.lines_len());
         let (inputs, products) = scratch.split_at_mut(POINTS * group.point_len(group.c));
         transform_inputs(simd, group, lines, inputs);
@@ -363,87 +365,24 @@ fn multiply<S: Simd>(simd: S, group: &Group, inputs: &[f32], products: &mut [f32
     let (c, o, lanes) = (group.c, group.bias.len(), group.lanes());
     let (inputs_len, products_len) = (group.point_len(c), group.point_len(o));
     assert!(inputs.len() == POINTS * inputs_len && products.len() == POINTS * products_len);
-    assert_eq!(group.weight.len(), o.div_ceil(CHANNELS) * POINTS * point_weights(c));
     for point in 0..POINTS {
-        for lane in (0..lanes).step_by(group.kind.per_tile() * S::F32_LANES) {
-            for first in (0..o).step_by(CHANNELS) {
-                // SAFETY: the lengths were just checked.
-                let tile = unsafe {
-                    Tile {
-                        c,
-                        lanes,
-                        inputs: inputs.as_ptr().add(point * inputs_len + lane),
-                        weights: group.weight.as_ptr().add((first / CHANNELS * POINTS + point) * point_weights(c)),
-                        products: products.as_mut_ptr().add(point * products_len + first * lanes + lane),
-                    }
+        for lane in (0..lanes).step_by(VECTORS * S::F32_LANES) {
+            for first in (0..o).step_by(ROWS) {
+                let weights = &group.weight[(first / ROWS * POINTS + point) * point_weights(c)..];
+                let tile = Tile {
+                    rows: Matrix { values: weights, row: 1, column: ROWS },
+                    is_packed: true,
+                    inner: c,
+                    panel: &inputs[point * inputs_len + lane..],
+                    pitch: lanes,
+                    columns: VECTORS * S::F32_LANES,
+                    // SAFETY: the length was just checked.
+                    out: unsafe { products.as_mut_ptr().add(point * products_len + first * lanes + lane) },
+                    out_row: lanes,
+                    begin: Begin::Zero,
                 };
-                let vectors = group.kind.per_tile().min((lanes - lane) / S::F32_LANES);
-                // SAFETY: as many vectors and outputs as there are behind these places.
-                unsafe {
-                    match vectors {
-                        1 => tile.with_vectors::<S, 1>(simd, o - first),
-                        2 => tile.with_vectors::<S, 2>(simd, o - first),
-                        3 => tile.with_vectors::<S, 3>(simd, o - first),
-                        _ => tile.with_vectors::<S, 4>(simd, o - first),
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Some vectors of some output channels at one point.
-#[derive(Clone, Copy)]
-struct Tile {
-    c: usize,
-    /// Elements from a channel to the next.
-    lanes: usize,
-    inputs: *const f32,
-    weights: *const f32,
-    products: *mut f32,
-}
-
-impl Tile {
-    /// # Safety
-    /// V vectors lie behind `inputs` in each of `c` channels and behind `products` in each of `outputs`, but [`CHANNELS`] at most.
-    #[inline(always)]
-    unsafe fn with_vectors<S: Simd, const V: usize>(self, simd: S, outputs: usize) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match outputs {
-                1 => self.sum::<S, 1, V>(simd),
-                2 => self.sum::<S, 2, V>(simd),
-                3 => self.sum::<S, 3, V>(simd),
-                4 => self.sum::<S, 4, V>(simd),
-                5 => self.sum::<S, 5, V>(simd),
-                _ => self.sum::<S, CHANNELS, V>(simd),
-            }
-        }
-    }
-
-    /// # Safety
-    /// As that of [`Tile::with_vectors`].
-    #[inline(always)]
-    unsafe fn sum<S: Simd, const R: usize, const V: usize>(self, simd: S) {
-        let mut sums = [[simd.splat_f32s(0.0); V]; R];
-        for channel in 0..self.c {
-            let mut pixels = [simd.splat_f32s(0.0); V];
-            for v in 0..V {
-                // SAFETY: the caller's promise.
-                pixels[v] = unsafe { self.inputs.add(channel * self.lanes).cast::<S::f32s>().add(v).read_unaligned() };
-            }
-            for r in 0..R {
-                // SAFETY: the caller's promise.
-                let factor = simd.splat_f32s(unsafe { *self.weights.add(channel * CHANNELS + r) });
-                for v in 0..V {
-                    sums[r][v] = simd.mul_add_f32s(factor, pixels[v], sums[r][v]);
-                }
-            }
-        }
-        for r in 0..R {
-            for v in 0..V {
-                // SAFETY: the caller's promise.
-                unsafe { self.products.add(r * self.lanes).cast::<S::f32s>().add(v).write_unaligned(sums[r][v]) };
+                // SAFETY: the lanes are whole tiles, and these outputs exist.
+                unsafe { tile.compute(simd, ROWS.min(o - first)) };
             }
         }
     }
@@ -514,8 +453,7 @@ mod tests {
 
     #[test]
     fn outputs_are_the_same_for_any_length_of_a_vector() {
-        let kind = Vectors::detect();
-        if kind.len == 1 {
+        if Vectors::detect().len == 1 {
             return;
         }
         for [batch, c, o, h, w] in [[2, 5, 8, 9, 23], [1, 60, 49, 22, 37], [1, 3, 7, 4, 300]] {
@@ -524,10 +462,8 @@ mod tests {
             let (x, bias) = (draw("x", batch * c * h * w), draw("bias", o));
             let weight = pack(&draw("weight", o * c * TAPS), [o, c], [c * TAPS, TAPS], false);
             let ours = convolve(&x, shape, &weight, &bias);
-            let short = Vectors { len: 8, registers: 16, ..kind };
-            let long = Vectors { len: 16, registers: 32, ..kind };
-            assert!(convolve_in(short, |work| work.with_simd(Scalar256b), &x, shape, &weight, &bias) == ours);
-            assert!(convolve_in(long, |work| work.with_simd(Scalar512b), &x, shape, &weight, &bias) == ours);
+            assert!(convolve_in(8, |work| work.with_simd(Scalar256b), &x, shape, &weight, &bias) == ours);
+            assert!(convolve_in(16, |work| work.with_simd(Scalar512b), &x, shape, &weight, &bias) == ours);
         }
     }
 }
