@@ -11,6 +11,7 @@ use std::array;
 use rayon::prelude::*;
 
 use super::planes::{Every, LONGEST, pad_rows, split_rows, spread};
+use super::simd::prefetch_all;
 use super::tiles::{Band, CHANNELS, Layer, Run, Taps, Vector, Vectors, pack};
 use super::{Shared, for_chunks, unwritten, with_scratch};
 
@@ -68,6 +69,12 @@ pub(super) fn forward(x: &[f32], shape: Shape, weight: &[f32], bias: &[f32]) -> 
     // The bias comes last, as it does where the input is unfolded.
     let layer = Layer { c, weight: &weight, bias, is_bias_last: true };
     plan.convolve(batch, layer, |[sample, channel], row, out| {
+        if channel + 1 < c {
+            // The next plane's rows lie too far behind these for the processor to read them ahead by itself.
+            let next = plane(sample, channel + 1);
+            let start = next.len().min((stride * row).saturating_sub(padding) * w);
+            prefetch_all(&next[start..next.len().min(start + out.len())]);
+        }
         split_rows(plane(sample, channel), w, padding, row, pitch, out);
     })
 }

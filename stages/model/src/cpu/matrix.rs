@@ -4,11 +4,9 @@
 
 use std::ops::Range;
 
-use super::simd::prefetch;
+use super::simd::{LINE, prefetch};
 use super::transpose::{SQUARE, interleave};
 
-/// Elements of a cache line.
-const LINE: usize = 16;
 /// Runs ahead of the one that is copied for which the memory is asked: far apart, they lie where the processor does not expect them.
 const AHEAD: usize = 8;
 

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use super::matrix::Matrix;
 use super::microkernel::{MOST_COLUMNS, ROWS, Tile, VECTORS};
+use super::simd::LINE;
 use super::transpose::SQUARE;
 use super::{Begin, Shared};
 
@@ -206,14 +207,11 @@ impl Product<'_> {
 
 /// Returns two arrays that begin with a cache line, of so many elements at least.
 fn room(packed: &mut Vec<f32>, first: usize, second: usize) -> (&mut [f32], &mut [f32]) {
-    /// Elements and bytes of a cache line.
-    const LINE: usize = 16;
-    const BYTES: usize = 64;
     let first = first.next_multiple_of(LINE);
     if packed.len() < first + second + LINE {
         packed.resize(first + second + LINE, 0.0);
     }
-    let start = packed.as_ptr().align_offset(BYTES).min(LINE);
+    let start = packed.as_ptr().align_offset(LINE * size_of::<f32>()).min(LINE);
     packed[start..].split_at_mut(first)
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Knows no tensor. Sums keep lanes that are added up in a fixed order.
 
+/// Elements of a cache line.
+pub(super) const LINE: usize = 16;
 /// Lanes that reductions keep apart.
 pub(super) const LANES: usize = 16;
 
@@ -150,6 +152,11 @@ pub(super) fn prefetch(place: *const f32) {
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = place;
+}
+
+/// Asks for all cache lines of a slice.
+pub(super) fn prefetch_all(values: &[f32]) {
+    values.chunks(LINE).for_each(|line| prefetch(line.as_ptr()));
 }
 
 #[cfg(test)]
