@@ -217,7 +217,7 @@ fn room(packed: &mut Vec<f32>, first: usize, second: usize) -> (&mut [f32], &mut
 
 #[cfg(test)]
 mod tests {
-    use pulp::{Scalar256b, Scalar512b};
+    use pulp::{Scalar, Scalar128b, Scalar256b, Scalar512b};
 
     use super::super::tiles::Vectors;
     use super::*;
@@ -295,7 +295,11 @@ mod tests {
                             let product = Product { size, a, b, out: (out.as_mut_ptr(), out_row), begin };
                             run(Work { product, packed: &mut Vec::new() });
                         };
+                        // Without vectors products are rounded before they are added.
+                        let plain = with(&|out| start(out, &|work| work.with_simd(Scalar)));
+                        assert!(plain.iter().zip(&first).all(|(a, b)| (a - b).abs() <= 1e-4));
                         if Vectors::detect().len > 1 {
+                            assert!(with(&|out| start(out, &|work| work.with_simd(Scalar128b))) == first);
                             assert!(with(&|out| start(out, &|work| work.with_simd(Scalar256b))) == first);
                             assert!(with(&|out| start(out, &|work| work.with_simd(Scalar512b))) == first);
                         }
