@@ -56,14 +56,14 @@ pub(super) fn exp(x: f32) -> f32 {
     let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
     let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, x));
-    let mut p = 1.987_569_1e-4f32;
-    p = p.mul_add(r, 1.398_199_9e-3);
-    p = p.mul_add(r, 8.333_452e-3);
-    p = p.mul_add(r, 4.166_579_6e-2);
-    p = p.mul_add(r, 1.666_666_5e-1);
-    p = p.mul_add(r, 5.000_000_3e-1);
+    // In pairs, whose parts do not wait for each other (Estrin's scheme).
+    let r2 = r * r;
+    let high = r.mul_add(1.987_569_1e-4, 1.398_199_9e-3);
+    let middle = r.mul_add(8.333_452e-3, 4.166_579_6e-2);
+    let low = r.mul_add(1.666_666_5e-1, 5.000_000_3e-1);
+    let p = high.mul_add(r2 * r2, middle.mul_add(r2, low));
     let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
-    (p * r).mul_add(r, r + 1.0) * power
+    p.mul_add(r2, r + 1.0) * power
 }
 
 /// 1 / (1 + e^-x).
@@ -101,28 +101,28 @@ pub(super) fn sum<const N: usize>(slices: [&[f32]; N], f: impl Fn([f32; N]) -> f
             *total += f(block.map(|block| block[lane]));
         }
     }
-    // Halves are added on halves: a chain of additions would take four times as long.
+    (0..len % LANES).fold(add_up(lanes), |total, i| total + f(rest.map(|rest| rest[i])))
+}
+
+/// Sum of all lanes: halves are added on halves, for a chain of additions would take four times as long.
+#[inline(always)]
+pub(super) fn add_up(mut lanes: [f32; LANES]) -> f32 {
     for half in [8, 4, 2, 1] {
         for lane in 0..half {
             lanes[lane] += lanes[lane + half];
         }
     }
-    (0..len % LANES).fold(lanes[0], |total, i| total + f(rest.map(|rest| rest[i])))
+    lanes[0]
 }
 
 /// Largest element; NaN may be lost.
 #[inline(always)]
 pub(super) fn max(values: &[f32]) -> f32 {
     let larger = |best: f32, value: f32| if value > best { value } else { best };
-    let (wide, rest) = values.as_chunks::<{ 4 * LANES }>();
-    let (narrow, rest) = rest.as_chunks::<LANES>();
-    let mut four = [f32::NEG_INFINITY; 4 * LANES];
-    for block in wide {
-        four.iter_mut().zip(block).for_each(|(best, &value)| *best = larger(*best, value));
-    }
+    let (chunks, rest) = values.as_chunks::<LANES>();
     let mut lanes = [f32::NEG_INFINITY; LANES];
-    for block in four.as_chunks::<LANES>().0.iter().chain(narrow) {
-        lanes.iter_mut().zip(block).for_each(|(best, &value)| *best = larger(*best, value));
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(best, &value)| *best = larger(*best, value));
     }
     for half in [8, 4, 2, 1] {
         for lane in 0..half {

@@ -2,65 +2,43 @@
 
 use burn::backend::flex::FlexTensor;
 
-use super::simd::{LANES, exp, kernel, max, sum};
+use super::simd::{LANES, add_up, exp, kernel, max, sum};
 use super::{HostOp, array, dims, for_chunks, unwritten, values};
 
 /// Elements of a chunk of work, about.
 const CHUNK: usize = 1 << 13;
-/// Lanes of the sum: four vectors.
-const WIDE: usize = 4 * LANES;
 
-/// Short rows that take turns.
+/// Rows that take each step together: where rows are short, one would wait for its own last result.
 const ROWS: usize = 8;
 
-/// Softmax of scale * scores in rows of n, in place.
-pub(super) fn softmax_rows(scores: &mut [f32], n: usize, scale: f32) {
-    if n < WIDE {
-        return short_rows(scores, n, scale);
-    }
-    scores.chunks_exact_mut(n).for_each(|row| long_row(row, scale));
-}
-
 kernel! {
-    /// Softmax of one row.
-    pub(super) fn long_row(scores: &mut [f32], scale: f32) {
-        let top = max(scores) * scale;
-        let mut lanes = [0.0f32; WIDE];
-        let (chunks, rest) = scores.as_chunks_mut::<WIDE>();
-        for chunk in chunks.iter_mut() {
-            for (score, lane) in chunk.iter_mut().zip(&mut lanes) {
-                *score = exp(score.mul_add(scale, -top));
-                *lane += *score;
-            }
-        }
-        let mut total = sum([&lanes], |[lane]| lane);
-        // Two loops, of which the first becomes vector code; the second must add one after the other.
-        rest.iter_mut().for_each(|score| *score = exp(score.mul_add(scale, -top)));
-        rest.iter().for_each(|&score| total += score);
-        let inverse = 1.0 / total;
-        for score in scores.iter_mut() {
-            *score *= inverse;
-        }
-    }
-}
-
-kernel! {
-    /// Softmax of rows with fewer elements than a sum has lanes.
-    pub(super) fn short_rows(scores: &mut [f32], n: usize, scale: f32) {
+    /// Softmax of scale * scores in rows of n, in place.
+    pub(super) fn softmax_rows(scores: &mut [f32], n: usize, scale: f32) {
         for rows in scores.chunks_mut((n * ROWS).max(1)) {
-            for row in rows.chunks_exact_mut(n) {
-                let top = max(row) * scale;
-                row.iter_mut().for_each(|score| *score = exp(score.mul_add(scale, -top)));
+            let mut tops = [0.0; ROWS];
+            for (row, top) in rows.chunks_exact(n).zip(&mut tops) {
+                *top = max(row) * scale;
             }
-            // A row's elements are added one after the other; so that nobody waits, several rows take turns.
-            let mut totals = [0.0; ROWS];
-            for column in 0..n {
-                for (row, total) in rows.chunks_exact(n).zip(&mut totals) {
-                    *total += row[column];
+            let mut sums = [[0.0f32; LANES]; ROWS];
+            for ((row, top), sums) in rows.chunks_exact_mut(n).zip(tops).zip(&mut sums) {
+                // As many lanes as stay in registers beside the constants of `exp`.
+                let mut lanes = [0.0f32; LANES];
+                let (chunks, rest) = row.as_chunks_mut::<LANES>();
+                for chunk in chunks {
+                    for (score, lane) in chunk.iter_mut().zip(&mut lanes) {
+                        *score = exp(score.mul_add(scale, -top));
+                        *lane += *score;
+                    }
                 }
+                rest.iter_mut().for_each(|score| *score = exp(score.mul_add(scale, -top)));
+                *sums = lanes;
             }
-            for (row, total) in rows.chunks_exact_mut(n).zip(totals) {
-                let inverse = 1.0 / total;
+            let mut inverses = [0.0f32; ROWS];
+            for ((row, lanes), inverse) in rows.chunks_exact(n).zip(sums).zip(&mut inverses) {
+                let (_, rest) = row.as_chunks::<LANES>();
+                *inverse = 1.0 / rest.iter().fold(add_up(lanes), |total, &score| total + score);
+            }
+            for (row, inverse) in rows.chunks_exact_mut(n).zip(inverses) {
                 row.iter_mut().for_each(|score| *score *= inverse);
             }
         }
