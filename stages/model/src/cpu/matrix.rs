@@ -60,19 +60,20 @@ impl<'a> Matrix<'a> {
             return;
         }
         // Row by row: a run of a row is read as a whole.
+        let whole = if self.column == 1 { count / width * width } else { 0 };
         for row in 0..num_rows {
             let from = from.below(row);
-            for column in (0..count).step_by(width) {
-                let used = width.min(count - column);
-                let from = from.right_of(column);
-                let out = &mut out[column * num_rows + row * width..][..width];
-                if self.column == 1 && used == width {
-                    let squares = out.as_chunks_mut::<SQUARE>().0.iter_mut();
-                    squares.zip(from.values.as_chunks::<SQUARE>().0).for_each(|(out, from)| *out = *from);
-                } else {
-                    let value = |column: usize| if column < used { from.values[column * self.column] } else { 0.0 };
-                    out.iter_mut().enumerate().for_each(|(column, out)| *out = value(column));
-                }
+            let (out, pitch) = (&mut out[row * width..], width * num_rows);
+            match width {
+                8 => copy_runs::<8>(&from.values[..whole], out, pitch),
+                16 => copy_runs::<16>(&from.values[..whole], out, pitch),
+                32 => copy_runs::<32>(&from.values[..whole], out, pitch),
+                _ => unreachable!("a panel has {width} columns"),
+            }
+            for column in (whole..count).step_by(width) {
+                let (used, out) = (width.min(count - column), &mut out[column / width * pitch..][..width]);
+                let value = |lane: usize| if lane < used { from.values[(column + lane) * self.column] } else { 0.0 };
+                out.iter_mut().enumerate().for_each(|(lane, out)| *out = value(lane));
             }
         }
     }
@@ -113,5 +114,12 @@ impl<'a> Matrix<'a> {
                 }
             }
         }
+    }
+}
+
+/// Copies runs of W elements to places `pitch` apart.
+fn copy_runs<const W: usize>(from: &[f32], out: &mut [f32], pitch: usize) {
+    for (i, run) in from.as_chunks::<W>().0.iter().enumerate() {
+        out[i * pitch..][..W].copy_from_slice(run);
     }
 }
