@@ -6,15 +6,14 @@ use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
 
 use super::matrix::Matrix;
-use super::product::product;
+use super::microkernel::ROWS;
+use super::product::{Columns, packed, product};
 use super::simd::kernel;
 use super::softmax::{softmax_row_backward, softmax_rows};
 use super::{Begin, HostOp, dims, strided_array, unwritten};
 
-/// Queries of a block.
-const QUERIES: usize = 128;
-/// The same in a forward pass with a mask: the smaller, the more keys are left out of a causal one.
-const MASKED_QUERIES: usize = 64;
+/// Queries of a block: whole tiles. The smaller, the more keys are left out of a causal mask.
+const QUERIES: usize = 11 * ROWS;
 
 /// Which query may look at which key: [b or 1, h or 1, l, s], one byte each, zero = may not.
 #[derive(Clone, Debug)]
@@ -43,13 +42,24 @@ impl Mask {
 /// Softmax over the keys that the mask keeps; a query with none gets zeros.
 fn masked_softmax(scores: &mut [f32], keep: &[u8], scale: f32) {
     let keep = &keep[..scores.len()];
-    if keep.iter().all(|&keep| keep == 0) {
-        return scores.fill(0.0);
+    if let Some(kept) = kept_before_all_hidden(keep) {
+        let (seen, hidden) = scores.split_at_mut(kept);
+        softmax_rows(seen, kept, scale);
+        return hidden.fill(0.0);
     }
     // Far enough below every real score for its weight to be lost, near enough to stay finite when scaled.
     hide(scores, keep, -1e30);
     softmax_rows(scores, scores.len(), scale);
     hide(scores, keep, 0.0);
+}
+
+/// Returns how many keys are kept, if all of them come before the hidden ones, as in a causal mask and one of padding.
+fn kept_before_all_hidden(keep: &[u8]) -> Option<usize> {
+    const ALL: [u8; 8] = [1; 8];
+    let whole = ALL.len() * keep.as_chunks().0.iter().take_while(|&&word| word == ALL).count();
+    let kept = whole + keep[whole..].iter().take_while(|&&keep| keep != 0).count();
+    let is_any_behind = keep[kept..].iter().fold(0, |any, &keep| any | keep) != 0;
+    (!is_any_behind).then_some(kept)
 }
 
 kernel! {
@@ -92,6 +102,20 @@ fn head(tensor: &FlexTensor, b: usize, h: usize) -> Matrix<'_> {
     Matrix { values: &storage[start..], row: strides[2] as usize, column: strides[3] as usize }
 }
 
+/// Where a thread packs what all blocks of a head have in common.
+#[derive(Default)]
+struct Room {
+    across: Vec<f32>,
+    down: Vec<f32>,
+}
+
+impl Room {
+    /// Packs the columns of two matrices [d, s] and [s, d].
+    fn pack(&mut self, across: Matrix, down: Matrix, [s, d]: [usize; 2]) -> [Columns<'_>; 2] {
+        [packed(across, [d, s], &mut self.across), packed(down, [s, d], &mut self.down)]
+    }
+}
+
 /// Array stored as [b, n, h, d] whose heads are written by different threads.
 #[derive(Clone, Copy)]
 struct Heads {
@@ -127,11 +151,6 @@ impl Attention {
         Sizes { b, h, kv: dims(k)[1], l, s: dims(k)[2], d }
     }
 
-    /// Returns the queries of a block of the forward pass.
-    fn queries(&self) -> usize {
-        if self.mask.is_some() { MASKED_QUERIES } else { QUERIES }
-    }
-
     /// Returns how many keys the queries of a block may see: all keys behind the last visible one are hidden.
     fn num_visible(&self, sizes: &Sizes, b: usize, h: usize, first: usize, rows: usize) -> usize {
         let Some(mask) = &self.mask else { return sizes.s };
@@ -148,17 +167,18 @@ impl Attention {
     fn block(
         &self,
         sizes: &Sizes,
-        [q, k, v]: [Matrix; 3],
+        q: Matrix,
+        [keys, values]: [Columns; 2],
         [b, h]: [usize; 2],
         (first, rows): (usize, usize),
         weights: &mut [f32],
         out: Heads,
     ) {
         let Sizes { l, s, d, .. } = *sizes;
-        assert!(first + rows <= l && q.holds(l, d) && k.holds(s, d) && v.holds(s, d) && weights.len() >= rows * s);
+        assert!(first + rows <= l && q.holds(l, d) && weights.len() >= rows * s);
         let visible = self.num_visible(sizes, b, h, first, rows);
         // SAFETY: the matrices lie inside their slices, and rows of this head belong to this thread.
-        unsafe { product([rows, d, visible], q.below(first), k.transposed(), (weights.as_mut_ptr(), s), Begin::Zero) };
+        unsafe { product([rows, d, visible], q.below(first), keys, (weights.as_mut_ptr(), s), Begin::Zero) };
         let scale = (d as f32).powf(-0.5);
         match &self.mask {
             None => softmax_rows(&mut weights[..rows * s], s, scale),
@@ -172,13 +192,13 @@ impl Attention {
         }
         let weights = Matrix::rows(weights, s);
         // SAFETY: as above.
-        unsafe { product([rows, visible, d], weights, v, (out.head(b, h, first), out.pitch()), Begin::Zero) };
+        unsafe { product([rows, visible, d], weights, values, (out.head(b, h, first), out.pitch()), Begin::Zero) };
     }
 }
 
 /// Calls `f` with the first query and the number of queries of each block.
-fn for_blocks(l: usize, queries: usize, mut f: impl FnMut(usize, usize)) {
-    (0..l).step_by(queries).for_each(|first| f(first, queries.min(l - first)));
+fn for_blocks(l: usize, mut f: impl FnMut(usize, usize)) {
+    (0..l).step_by(QUERIES).for_each(|first| f(first, QUERIES.min(l - first)));
 }
 
 impl HostOp<3> for Attention {
@@ -191,12 +211,14 @@ impl HostOp<3> for Attention {
         let Sizes { b, h, kv, l, s, d } = sizes;
         let (mut weights, mut out) = (unwritten(b * h * l * s), unwritten(b * l * h * d));
         let heads = Heads::of(&mut out, l, h, d);
-        weights.par_chunks_mut((l * s).max(1)).enumerate().for_each(|(i, weights)| {
+        let weights_of_heads = weights.par_chunks_mut((l * s).max(1)).enumerate();
+        weights_of_heads.for_each_init(Default::default, |room: &mut Room, (i, weights)| {
             let (b, h_index) = (i / h, i % h);
-            let own = [head(q, b, h_index), head(k, b, h_index * kv / h), head(v, b, h_index * kv / h)];
-            for_blocks(l, self.queries(), |first, rows| {
+            let queries = head(q, b, h_index);
+            let own = room.pack(head(k, b, h_index * kv / h).transposed(), head(v, b, h_index * kv / h), [s, d]);
+            for_blocks(l, |first, rows| {
                 let weights = &mut weights[first * s..(first + rows) * s];
-                self.block(&sizes, own, [b, h_index], (first, rows), weights, heads);
+                self.block(&sizes, queries, own, [b, h_index], (first, rows), weights, heads);
             });
         });
         (wrap(out, [b, h, l, d]), std::sync::Arc::new(weights))
@@ -208,12 +230,13 @@ impl HostOp<3> for Attention {
         let mut out = unwritten(b * l * h * d);
         let heads = Heads::of(&mut out, l, h, d);
         (0..b * h).into_par_iter().for_each_init(
-            || unwritten(self.queries().min(l) * s),
-            |weights, i| {
+            || (unwritten(QUERIES.min(l) * s), Room::default()),
+            |(weights, room), i| {
                 let (b, h_index) = (i / h, i % h);
-                let own = [head(q, b, h_index), head(k, b, h_index * kv / h), head(v, b, h_index * kv / h)];
-                for_blocks(l, self.queries(), |first, rows| {
-                    self.block(&sizes, own, [b, h_index], (first, rows), weights, heads);
+                let queries = head(q, b, h_index);
+                let own = room.pack(head(k, b, h_index * kv / h).transposed(), head(v, b, h_index * kv / h), [s, d]);
+                for_blocks(l, |first, rows| {
+                    self.block(&sizes, queries, own, [b, h_index], (first, rows), weights, heads);
                 });
             },
         );
@@ -235,14 +258,15 @@ impl HostOp<3> for Attention {
         let [k_heads, v_heads] = [&mut d_k, &mut d_v].map(|values| Heads::of(values, s, kv, d));
         // One piece of work is a head of k and v with the query heads it serves, which add to its gradient in turn.
         (0..b * kv).into_par_iter().for_each_init(
-            || unwritten(QUERIES.min(l) * s),
-            |d_scores, i| {
+            || (unwritten(QUERIES.min(l) * s), Room::default()),
+            |(d_scores, room), i| {
                 let (b, kv_index) = (i / kv, i % kv);
-                let (k, v) = (head(k, b, kv_index), head(v, b, kv_index));
+                let [by_value, by_key_element] =
+                    room.pack(head(v, b, kv_index).transposed(), head(k, b, kv_index), [s, d]);
                 for h_index in kv_index * h / kv..(kv_index + 1) * h / kv {
                     let (q, grad) = (head(q, b, h_index), head(grad, b, h_index));
-                    assert!(q.holds(l, d) && grad.holds(l, d) && k.holds(s, d) && v.holds(s, d));
-                    for_blocks(l, QUERIES, |first, rows| {
+                    assert!(q.holds(l, d) && grad.holds(l, d));
+                    for_blocks(l, |first, rows| {
                         let visible = self.num_visible(&sizes, b, h_index, first, rows);
                         let weights = &saved[((b * h + h_index) * l + first) * s..][..rows * s];
                         let by_key = Matrix::rows(weights, s).transposed();
@@ -251,8 +275,8 @@ impl HostOp<3> for Attention {
                         let to_q = q_heads.head(b, h_index, first);
                         // SAFETY: the matrices lie inside their slices, and these heads belong to this thread.
                         unsafe {
-                            product([visible, rows, d], by_key, grad, (to_v, v_heads.pitch()), Begin::GoOn);
-                            product([rows, d, visible], grad, v.transposed(), (d_scores.as_mut_ptr(), s), Begin::Zero);
+                            product([visible, rows, d], by_key, grad.into(), (to_v, v_heads.pitch()), Begin::GoOn);
+                            product([rows, d, visible], grad, by_value, (d_scores.as_mut_ptr(), s), Begin::Zero);
                         }
                         let scale = (d as f32).powf(-0.5);
                         for (weights, d_scores) in weights.chunks_exact(s).zip(d_scores.chunks_exact_mut(s)) {
@@ -261,9 +285,15 @@ impl HostOp<3> for Attention {
                         let rows_of_scores = Matrix::rows(d_scores, s);
                         // SAFETY: as above.
                         unsafe {
-                            product([rows, visible, d], rows_of_scores, k, (to_q, q_heads.pitch()), Begin::Zero);
+                            product(
+                                [rows, visible, d],
+                                rows_of_scores,
+                                by_key_element,
+                                (to_q, q_heads.pitch()),
+                                Begin::Zero,
+                            );
                             let by_key = rows_of_scores.transposed();
-                            product([visible, rows, d], by_key, q, (to_k, k_heads.pitch()), Begin::GoOn);
+                            product([visible, rows, d], by_key, q.into(), (to_k, k_heads.pitch()), Begin::GoOn);
                         }
                     });
                 }

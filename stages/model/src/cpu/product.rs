@@ -16,6 +16,7 @@ use rayon::prelude::*;
 use super::matrix::Matrix;
 use super::microkernel::{MOST_COLUMNS, ROWS, Tile, VECTORS};
 use super::simd::LINE;
+use super::tiles::Vectors;
 use super::transpose::SQUARE;
 use super::{Begin, Shared};
 
@@ -57,7 +58,7 @@ pub(super) fn matmul(
         // SAFETY: these rows and columns lie inside, and no other thread has them.
         unsafe {
             let out = shared.from(rows.start * out_row + columns.start);
-            product(size, a.below(rows.start), b.right_of(columns.start), (out, out_row), begin);
+            product(size, a.below(rows.start), b.right_of(columns.start).into(), (out, out_row), begin);
         }
     };
     if !is_parallel || m * n * k < PARALLEL_PRODUCTS {
@@ -86,11 +87,67 @@ thread_local! {
     static PACKED: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
+/// The columns of a product.
+#[derive(Clone, Copy)]
+pub(super) enum Columns<'a> {
+    /// Where they lie: each product packs them anew.
+    Lying(Matrix<'a>),
+    Packed(Packed<'a>),
+}
+
+/// Columns that are packed once for products with the rows of several matrices: panels [inner, width], one after the other.
+#[derive(Clone, Copy)]
+pub(super) struct Packed<'a> {
+    panels: &'a [f32],
+    /// Inner side and columns.
+    size: [usize; 2],
+    width: usize,
+}
+
+impl<'a> From<Matrix<'a>> for Columns<'a> {
+    fn from(matrix: Matrix<'a>) -> Self {
+        Self::Lying(matrix)
+    }
+}
+
+impl Columns<'_> {
+    fn holds(&self, inner: usize, columns: usize) -> bool {
+        match self {
+            Self::Lying(matrix) => matrix.holds(inner, columns),
+            Self::Packed(packed) => inner <= packed.size[0] && columns <= packed.size[1],
+        }
+    }
+}
+
+/// Packs a matrix [inner, columns] into `place`, which grows as needed. A product may take the first part of either side.
+pub(super) fn packed<'a>(matrix: Matrix, size: [usize; 2], place: &'a mut Vec<f32>) -> Columns<'a> {
+    packed_for(Vectors::detect().len, matrix, size, place)
+}
+
+/// [`packed`] for vectors of some length.
+fn packed_for<'a>(
+    vector: usize,
+    matrix: Matrix,
+    size @ [inner, columns]: [usize; 2],
+    place: &'a mut Vec<f32>,
+) -> Columns<'a> {
+    assert!(matrix.holds(inner, columns), "matrix outside its array");
+    let width = panel_width(vector);
+    let (panels, _) = room(place, inner * columns.next_multiple_of(width) + SQUARE, 0);
+    matrix.pack_columns(0..inner, 0..columns, width, panels);
+    Columns::Packed(Packed { panels, size, width })
+}
+
+/// Returns the columns of a panel for vectors of some length: whole squares, also where vectors are shorter than their side.
+fn panel_width(vector: usize) -> usize {
+    (VECTORS * vector).next_multiple_of(SQUARE)
+}
+
 /// [`matmul`] on one thread.
 ///
 /// # Safety
 /// `out` has m rows of n elements, which no other thread touches.
-pub(super) unsafe fn product(size: [usize; 3], a: Matrix, b: Matrix, out: (*mut f32, usize), begin: Begin) {
+pub(super) unsafe fn product(size: [usize; 3], a: Matrix, b: Columns, out: (*mut f32, usize), begin: Begin) {
     let [m, k, n] = size;
     if m == 0 || n == 0 {
         return;
@@ -107,7 +164,7 @@ pub(super) unsafe fn product(size: [usize; 3], a: Matrix, b: Matrix, out: (*mut 
 struct Product<'a> {
     size: [usize; 3],
     a: Matrix<'a>,
-    b: Matrix<'a>,
+    b: Columns<'a>,
     out: (*mut f32, usize),
     begin: Begin<'a>,
 }
@@ -124,12 +181,15 @@ impl WithSimd for Work<'_> {
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
         let Self { product: product @ Product { size: [m, k, n], a, b, .. }, packed } = self;
-        // A panel is whole squares, also where vectors are shorter than their side.
-        let width = (VECTORS * S::F32_LANES).next_multiple_of(SQUARE);
+        let width = panel_width(S::F32_LANES);
         let depth = k.div_ceil(k.div_ceil(INNER).max(1)).max(1);
         let most_rows = BLOCK_ROWS.min(m.next_multiple_of(ROWS));
         let most_columns = BLOCK_COLUMNS.min(n.next_multiple_of(width));
-        let (panels, strips) = room(packed, depth * most_columns + SQUARE, depth * most_rows + SQUARE);
+        let num_packed = match b {
+            Columns::Lying(_) => depth * most_columns + SQUARE,
+            Columns::Packed(_) => 0,
+        };
+        let (panels, strips) = room(packed, num_packed, depth * most_rows + SQUARE);
         let packs_rows = n > FEW_COLUMNS || a.column > NEAR;
         for columns in blocks(n, most_columns) {
             // Without an inner side there is still something to begin with.
@@ -142,16 +202,21 @@ impl WithSimd for Work<'_> {
                     for panel in blocks(columns.len(), width) {
                         let place = panel.start * inner.len();
                         let panel = columns.start + panel.start..columns.start + panel.end;
-                        if rows.start == 0 && (panel.start - columns.start).is_multiple_of(PACKED_COLUMNS) {
-                            let together = panel.start..columns.end.min(panel.start + PACKED_COLUMNS);
-                            b.pack_columns(inner.clone(), together, width, &mut panels[place..]);
-                        }
-                        let panel = Panel {
-                            inner: inner.clone(),
-                            columns: panel,
-                            values: &panels[place..][..inner.len() * width],
-                            pitch: width,
+                        let values = match b {
+                            Columns::Lying(b) => {
+                                if rows.start == 0 && (panel.start - columns.start).is_multiple_of(PACKED_COLUMNS) {
+                                    let together = panel.start..columns.end.min(panel.start + PACKED_COLUMNS);
+                                    b.pack_columns(inner.clone(), together, width, &mut panels[place..]);
+                                }
+                                &panels[place..]
+                            }
+                            Columns::Packed(b) => {
+                                assert_eq!(b.width, width, "packed for other vectors");
+                                &b.panels[panel.start * b.size[0] + inner.start * width..]
+                            }
                         };
+                        let values = &values[..inner.len() * width];
+                        let panel = Panel { inner: inner.clone(), columns: panel, values, pitch: width };
                         product.multiply(simd, rows.clone(), packs_rows.then_some(&*strips), panel);
                     }
                 }
@@ -219,7 +284,6 @@ fn room(packed: &mut Vec<f32>, first: usize, second: usize) -> (&mut [f32], &mut
 mod tests {
     use pulp::{Scalar, Scalar128b, Scalar256b, Scalar512b};
 
-    use super::super::tiles::Vectors;
     use super::*;
     use crate::random::Stream;
 
@@ -291,8 +355,15 @@ mod tests {
                             let out = with(&|out| pool.install(|| matmul(size, a, b, (out, out_row), begin, true)));
                             assert!(out == first, "{size:?} on {threads} threads");
                         }
+                        let packed_alike = with(&|out| {
+                            let mut place = Vec::new();
+                            let b = packed(b, [k, n], &mut place);
+                            // SAFETY: as many rows and columns as `with` makes.
+                            unsafe { product(size, a, b, (out.as_mut_ptr(), out_row), begin) };
+                        });
+                        assert!(packed_alike == first, "{size:?} packed before");
                         let start = |out: &mut [f32], run: &dyn Fn(Work)| {
-                            let product = Product { size, a, b, out: (out.as_mut_ptr(), out_row), begin };
+                            let product = Product { size, a, b: b.into(), out: (out.as_mut_ptr(), out_row), begin };
                             run(Work { product, packed: &mut Vec::new() });
                         };
                         // Without vectors products are rounded before they are added.
@@ -306,6 +377,31 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// In vectors of any length, as if the rest were not there.
+    #[test]
+    fn parts_of_packed_columns_are_multiplied_alone() {
+        let (inner, columns, m) = (530, 70, 20);
+        let (a, b) = (draw("a", m * inner), draw("b", inner * columns));
+        let (a, b) = (Matrix::rows(&a, inner), Matrix::rows(&b, columns));
+        for [k, n] in [[530, 70], [530, 33], [401, 70], [7, 9], [1, 1]] {
+            let multiply = |b: Columns, run: &dyn Fn(Work)| {
+                let mut out = vec![0.5; m * columns];
+                let product = Product { size: [m, k, n], a, b, out: (out.as_mut_ptr(), columns), begin: Begin::GoOn };
+                run(Work { product, packed: &mut Vec::new() });
+                out
+            };
+            let mut place = Vec::new();
+            let mut assert_same = |vector: usize, run: &dyn Fn(Work)| {
+                let expected = multiply(b.into(), run);
+                assert!(multiply(packed_for(vector, b, [inner, columns], &mut place), run) == expected, "[{k}, {n}]");
+            };
+            assert_same(1, &|work| work.with_simd(Scalar));
+            assert_same(4, &|work| work.with_simd(Scalar128b));
+            assert_same(8, &|work| work.with_simd(Scalar256b));
+            assert_same(16, &|work| work.with_simd(Scalar512b));
         }
     }
 

@@ -148,6 +148,33 @@ fn attention_agrees_with_its_composite_form_with_and_without_mask() {
     }
 }
 
+/// Masks with every key hidden, a row of kept keys and then hidden ones, and kept and hidden ones in any order, longer and
+/// shorter than what is looked at together.
+#[test]
+fn attention_agrees_under_masks_of_any_order() {
+    for (l, s) in [(5, 7), (70, 8), (70, 41)] {
+        let shapes = [(vec![2, l, 3, 8], true), (vec![2, s, 3, 8], true), (vec![2, s, 3, 8], true)];
+        let device = Device::flex();
+        let number = |axis: usize, side: usize| {
+            let mut shape = [1; 4];
+            shape[axis] = side;
+            IntTensor::<1>::arange(0..side as i64, &device).reshape(shape).expand([2, 1, l, s])
+        };
+        let (sample, row, column) = (number(0, 2), number(2, l), number(3, s));
+        let kept_before_hidden = column.clone().lower(row.clone().remainder_scalar(s as i64 + 1));
+        let any_order = (row * 5 + column * 3 + sample).remainder_scalar(4).not_equal_elem(0);
+        for mask in [kept_before_hidden.clone(), kept_before_hidden.bool_not(), any_order] {
+            let swap = |x: &Tensor<4>| x.clone().swap_dims(1, 2);
+            assert_same(
+                "attention",
+                shapes.clone(),
+                |[q, k, v]| attention(swap(q), swap(k), swap(v), Some(mask.clone())),
+                |[q, k, v]| crate::attention::composite(swap(q), swap(k), swap(v), Some(mask.clone())),
+            );
+        }
+    }
+}
+
 #[test]
 fn attention_with_shared_heads_and_a_causal_mask_agrees_over_several_blocks() {
     let shapes = [(vec![2, 150, 6, 8], true), (vec![2, 150, 2, 8], true), (vec![2, 150, 2, 8], true)];
@@ -235,7 +262,7 @@ fn convolution_and_upsampling_agree_with_burns() {
 
 #[test]
 fn softmax_agrees_with_burns() {
-    for (rows, n) in [(3, 37), (300, 37), (9, 1), (9, 5), (9, 63), (9, 64), (5, 130)] {
+    for (rows, n) in [(3, 37), (300, 37), (9, 1), (9, 5), (9, 16), (9, 63), (9, 64), (5, 130)] {
         let shape = [(vec![2, rows, n], true)];
         let burns = |[x]: &[Tensor<4>; 1]| activation::softmax(cube(x), 2);
         assert_same("softmax", shape, |[x]| softmax(cube(x)), burns);
