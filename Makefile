@@ -85,9 +85,9 @@ N     ?= 100,1000,10000
 REPS  ?= 1
 TOOLS ?= deepgen,make,ninja,snakemake,dvc
 bench-orchestrator:    ## a no-op DAG of 100, 1,000, 10,000 nodes: deepgen beside make, ninja and what else is installed
-	cargo build --release --locked -p deepgen
+	cargo build --release --locked -p deepgen $(if $(findstring floor,$(TOOLS)),--example floor --bins)
 	python3 benches/orchestrator/bench.py --n $(N) --reps $(REPS) --tools $(TOOLS) --work $(TARGET)/bench-orchestrator \
-		--bin deepgen=$(abspath $(TARGET))/release $(BENCH)
+		--bin deepgen=$(abspath $(TARGET))/release --bin floor=$(abspath $(TARGET))/release/examples $(BENCH)
 
 bench-data:            ## images a second of one core: our loader beside webdataset and Pillow (PYTHON=... has them)
 	cargo build --release --locked -p deepgen-data --example load_rate

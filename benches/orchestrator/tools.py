@@ -49,6 +49,17 @@ class Ninja(Tool):
         self.run, self.plan = ["ninja", "-j2", "--quiet"], ["ninja", "-n", "-d", "explain"]
 
 
+class Floor(Tool):
+    """No tool: the least that one does which keeps logs, hashes, manifests and a journal (floor.rs)."""
+    name, caches = "floor", False
+
+    def write(self, n, root):
+        self.run = [self.b + "floor", "."]
+
+    def sink(self, n, root):
+        return f"{root}/store/{n - 1:064}/v"
+
+
 class Snakemake(Tool):
     """One wildcard rule with an input function: the idiomatic form."""
     name = "snakemake"
@@ -209,4 +220,4 @@ class Deepgen(Tool):
         return f"{root}/artifacts/runs/{runs[-1]}/nodes/n{self.last}/v"
 
 
-ALL = {t.name: t for t in (Deepgen, Make, Ninja, Snakemake, Dvc, Luigi, Doit, Redun, HyperQueue)}
+ALL = {t.name: t for t in (Deepgen, Floor, Make, Ninja, Snakemake, Dvc, Luigi, Doit, Redun, HyperQueue)}
