@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::{Condvar, Mutex};
 
@@ -126,7 +126,7 @@ impl Run {
     }
 
     fn result(&self, node: usize) -> PathBuf {
-        Path::new(&self.root).join("store").join(named(node))
+        self.root.join("store").join(named(node))
     }
 
     fn record(&self) -> io::Result<()> {

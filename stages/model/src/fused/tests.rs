@@ -26,6 +26,9 @@ fn assert_same<const N: usize, const D: usize>(
         assert!(error <= 2e-5 * scale.max(1.0), "{name}, {what}: {error:.1e} of {scale:.1e}");
     };
     close("value", flat(y.clone()), flat(expected.clone()));
+    // Without a tape some operations take another way.
+    let plain = fused(&inputs.each_ref().map(|input| input.clone().without_autodiff()));
+    close("value without a tape", flat(plain), flat(expected.clone()));
     // A random weighting of the outputs: a plain sum would hide errors that cancel.
     let weights = noise(99, name, [y.shape().num_elements()], &device);
     let gradient = |y: Tensor<D>| (flat_on_tape(y) * weights.clone()).sum().backward();
